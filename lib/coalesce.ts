@@ -1,0 +1,74 @@
+import { ForeseenError } from "./errors.ts";
+
+export interface CoalesceOptions<T> {
+  /** The most that one call may carry: items, or the sum of their weights. One item alone may weigh more. */
+  maxBatch: number;
+  /** The most that may wait for a call; one more is refused with `OverloadError`. */
+  maxWaiting: number;
+  /** What an item counts, 1 unless told. */
+  weight?: (item: T) => number;
+}
+
+/** More waits than may wait; nothing was done with the item. */
+export class OverloadError extends ForeseenError {
+  override readonly name = "OverloadError";
+}
+
+/**
+ * Gathers items while a call is under way, and hands them over together in the next call: alone where it is quiet, in
+ * large batches under load. One call at a time, items in their order.
+ *
+ * @param call gets at least one item; returns one result for each, in the same order. What it throws rejects every item of that call.
+ */
+export function coalesce<T, R>(
+  call: (items: T[]) => Promise<R[]>,
+  { maxBatch, maxWaiting, weight = () => 1 }: CoalesceOptions<T>,
+): (item: T) => Promise<R> {
+  const waiting: { item: T; resolve: (result: R) => void; reject: (error: unknown) => void }[] = [];
+  let waitingWeight = 0;
+  let running = false;
+
+  async function run() {
+    running = true;
+    // Let all that arrives in this turn of the event loop come along.
+    await Promise.resolve();
+    while (waiting.length > 0) {
+      const batch = takeBatch();
+      try {
+        const results = await call(batch.map(({ item }) => item));
+        if (results.length !== batch.length) {
+          throw new Error(`Cannot share out ${results.length} results to ${batch.length} items`);
+        }
+        for (const [index, result] of results.entries()) batch[index]?.resolve(result);
+      } catch (error) {
+        for (const { reject } of batch) reject(error);
+      }
+    }
+    running = false;
+  }
+
+  function takeBatch() {
+    let batchWeight = 0;
+    let length = 0;
+    for (const { item } of waiting) {
+      if (length > 0 && batchWeight + weight(item) > maxBatch) break;
+      batchWeight += weight(item);
+      length++;
+    }
+    waitingWeight -= batchWeight;
+    return waiting.splice(0, length);
+  }
+
+  return function add(item) {
+    if (waitingWeight + weight(item) > maxWaiting && waiting.length > 0) {
+      return Promise.reject(
+        new OverloadError(`Cannot wait as ${waitingWeight} already do: at most ${maxWaiting}`),
+      );
+    }
+    const { promise, resolve, reject } = Promise.withResolvers<R>();
+    waiting.push({ item, resolve, reject });
+    waitingWeight += weight(item);
+    if (!running) run();
+    return promise;
+  };
+}

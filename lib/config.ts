@@ -1,0 +1,102 @@
+import { type Static, type TSchema, Type } from "@sinclair/typebox";
+import { Value } from "@sinclair/typebox/value";
+import { DomainError, showValue } from "./errors.ts";
+
+/** A setting that is a whole number; a default that suits production. */
+function whole(minimum: number, maximum: number, value: number, description: string) {
+  return Type.Integer({ minimum, maximum, default: value, description });
+}
+
+/** Every setting: the variable, its rule, its default. The README's table says the same in more words. */
+export const Settings = Type.Object({
+  DATABASE_URL: Type.String({
+    pattern: "^(mysql|mariadb)://[^/]+/[^/?]+",
+    description: "MySQL, with database",
+  }),
+  AMQP_URL: Type.String({ pattern: "^amqps?://[^/]+", description: "RabbitMQ" }),
+  QUEUE: Type.String({
+    pattern: "^[A-Za-z0-9._-]{1,200}$",
+    default: "reservationQueue",
+    description: "queue of due reservations; its dead letters go to the queue of this name and .dead",
+  }),
+  HOST: Type.String({ pattern: "^\\S+$", default: "127.0.0.1", description: "address to listen on" }),
+  PORT: whole(0, 65_535, 1323, "port of the API; 0 takes a free one"),
+  SCHEDULER_PORT: whole(0, 65_535, 1324, "port of the scheduler's health; 0 takes a free one"),
+  WORKER_PORT: whole(0, 65_535, 1325, "port of the worker's health; 0 takes a free one"),
+  DATABASE_CONNECTIONS: whole(1, 1_000, 10, "most connections to MySQL of one process"),
+  RESERVE_BATCH: whole(1, 5_000, 500, "most reservations in one INSERT"),
+  SCAN_INTERVAL_MS: whole(10, 3_600_000, 10_000, "longest sleep between two scans"),
+  SCAN_BATCH: whole(1, 10_000, 2_000, "most reservations of one claim"),
+  LEASE_MS: whole(1_000, 86_400_000, 60_000, "how long a claim holds before the row is claimed again"),
+  PUBLISH_CHUNK: whole(1, 1_000, 500, "most reservations in one message"),
+  PUBLISH_TIMEOUT_MS: whole(100, 60_000, 5_000, "how long to wait for RabbitMQ's confirms"),
+  QUEUED_RESERVATIONS: whole(1, 1_000_000, 20_000, "nothing is claimed while the queue holds this many"),
+  WORKER_BATCH: whole(1, 5_000, 1_000, "most reservations granted in one transaction"),
+  WORKER_PREFETCH: whole(1, 10_000, 50, "most messages in a worker's hands"),
+  MAX_ATTEMPTS: whole(1, 100, 10, "failures of its own after which a reservation is FAILED"),
+  ALLOW_LOSSY_DATABASE: Type.Boolean({
+    default: false,
+    description: "run on a MySQL whose settings lose commits",
+  }),
+  LOG_LEVEL: Type.Union(
+    ["trace", "debug", "info", "warn", "error", "fatal"].map((level) => Type.Literal(level)),
+    { default: "info", description: "least level that is logged" },
+  ),
+});
+export type Settings = Static<typeof Settings>;
+
+const URLS = ["DATABASE_URL", "AMQP_URL"];
+
+/**
+ * Reads the settings that a process needs. An empty variable counts as not set.
+ *
+ * @throws {DomainError} INVALID_SETTING, one line with the variable, the rule and the value; passwords are left out
+ */
+export function readConfig<Name extends keyof Settings>(
+  env: Record<string, string | undefined>,
+  names: readonly Name[],
+): Pick<Settings, Name> {
+  const config = Object.fromEntries(names.map((name) => [name, readSetting(env, name)]));
+  return config as Pick<Settings, Name>;
+}
+
+function readSetting(env: Record<string, string | undefined>, name: keyof Settings): unknown {
+  const schema: TSchema = Settings.properties[name];
+  const text = env[name];
+  if (text === undefined || text === "") {
+    if (schema.default !== undefined) return schema.default;
+    throw invalid(name, "is not set");
+  }
+  const value = parse(schema, text);
+  if (!Value.Check(schema, value)) throw invalid(name, showSetting(name, text));
+  return value;
+}
+
+function parse(schema: TSchema, text: string): unknown {
+  if (schema.type === "integer" && /^\d{1,15}$/.test(text)) return Number(text);
+  if (schema.type === "boolean" && /^(true|false)$/.test(text)) return text === "true";
+  return text;
+}
+
+/** A value as an error may show it: never a URL's password. */
+function showSetting(name: keyof Settings, text: string): string {
+  if (!URLS.includes(name)) return `received ${showValue(text)}`;
+  const parsed = URL.parse(text);
+  return parsed?.host
+    ? `received ${parsed.protocol}//…@${parsed.host}${parsed.pathname}`
+    : "received a value that is no URL (not shown, it may hold a password)";
+}
+
+function invalid(name: keyof Settings, received: string): DomainError {
+  return new DomainError("INVALID_SETTING", `Cannot start as ${name} must be ${ruleOf(name)}: ${received}`);
+}
+
+function ruleOf(name: keyof Settings): string {
+  const schema: TSchema = Settings.properties[name];
+  if (name === "DATABASE_URL") return "like mysql://user:password@host:3306/database";
+  if (name === "AMQP_URL") return "like amqp://user:password@host:5672";
+  if (schema.type === "integer") return `a whole number from ${schema.minimum} to ${schema.maximum}`;
+  if (schema.type === "boolean") return "true or false";
+  if (schema.anyOf) return `one of ${schema.anyOf.map((option: TSchema) => option.const).join(", ")}`;
+  return `text that matches ${schema.pattern}`;
+}

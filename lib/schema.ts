@@ -1,0 +1,53 @@
+import { bigint, datetime, index, int, mysqlTable, varchar } from "drizzle-orm/mysql-core";
+import { RESERVATION_STATUSES } from "./reservation.ts";
+
+// The tables as `sql/` makes them; the text keys' binary collation, the checks and the defaults stand there.
+
+function text(name: string, length: number) {
+  return varchar(name, { length });
+}
+
+/** A DATETIME(3) in UTC. */
+function time(name: string) {
+  return datetime(name, { mode: "date", fsp: 3 });
+}
+
+/** Balances: one row a user who ever got points. */
+export const pointRoot = mysqlTable("point_root", {
+  userId: text("user_id", 20).primaryKey(),
+  pointNum: bigint("point_num", { mode: "bigint" }).notNull(),
+  createdAt: time("created_at").notNull(),
+  updatedAt: time("updated_at").notNull(),
+});
+
+/** Reservations, and when the scheduler must look at each next (`scan_at`). */
+export const pointReservations = mysqlTable(
+  "point_reservations",
+  {
+    id: text("id", 36).primaryKey(),
+    userId: text("user_id", 20).notNull(),
+    pointAmount: int("point_amount").notNull(),
+    executeAt: time("execute_at").notNull(),
+    status: varchar("status", { length: 10, enum: RESERVATION_STATUSES }).notNull(),
+    idempotencyKey: text("idempotency_key", 100).notNull(),
+    scanAt: time("scan_at"),
+    attempts: int("attempts").notNull(),
+    lastError: text("last_error", 500),
+    createdAt: time("created_at").notNull(),
+    updatedAt: time("updated_at").notNull(),
+  },
+  (table) => [index("point_reservations_scan_at").on(table.scanAt, table.id)],
+);
+
+/** The ledger: append only. */
+export const pointTransactions = mysqlTable("point_transactions", {
+  id: text("id", 36).primaryKey(),
+  idempotencyKey: text("idempotency_key", 100).notNull(),
+  userId: text("user_id", 20).notNull(),
+  pointAmount: int("point_amount").notNull(),
+  createdAt: time("created_at").notNull(),
+});
+
+export type ReservationRow = typeof pointReservations.$inferSelect;
+export type BalanceRow = typeof pointRoot.$inferSelect;
+export type LedgerRow = typeof pointTransactions.$inferSelect;

@@ -1,0 +1,124 @@
+import type { Logger } from "pino";
+import { readConfig, type Settings } from "./lib/config.ts";
+import { checkDurability, type Database, openDatabase } from "./lib/database.ts";
+import { runLoop } from "./lib/loop.ts";
+import { encodeMessage } from "./lib/message.ts";
+import { openQueue, type Queue } from "./lib/queue.ts";
+import { type ClaimedReservation, claimDue, msUntilNextScan } from "./lib/reservation_repository.ts";
+import { describeError, pingDatabase, runService, serveHealth, waitForDatabase } from "./lib/service.ts";
+import { checkSchema } from "./sql/migrate.ts";
+
+/** How soon to look again while the queue is deep. */
+const BACK_PRESSURE_MS = 200;
+/** The shortest sleep: rows that are due but held by another scheduler or worker must not make a hot loop. */
+const MIN_SLEEP_MS = 20;
+
+export interface ScanOptions {
+  database: Database;
+  queue: Pick<Queue, "depth" | "publish">;
+  logger: Logger;
+  config: Pick<
+    Settings,
+    "SCAN_BATCH" | "SCAN_INTERVAL_MS" | "LEASE_MS" | "PUBLISH_CHUNK" | "QUEUED_RESERVATIONS"
+  >;
+}
+
+/**
+ * One scan: claims what is due, and publishes it. A row whose message was not confirmed is left alone: it may have arrived,
+ * and when its lease ends it is claimed again.
+ *
+ * @returns how many milliseconds to sleep before the next scan
+ * @throws {QueueError} where RabbitMQ takes no messages, before anything is claimed
+ * @throws {DatabaseError}
+ */
+export async function scanAndPublish({ database, queue, logger, config }: ScanOptions): Promise<number> {
+  // The backlog belongs in MySQL, where it can still be cancelled: claim no more than the queue may hold.
+  const depth = await queue.depth();
+  if (depth * config.PUBLISH_CHUNK >= config.QUEUED_RESERVATIONS) return BACK_PRESSURE_MS;
+
+  const startedAt = performance.now();
+  const claimed = await claimDue(database, { limit: config.SCAN_BATCH, leaseMs: config.LEASE_MS });
+  if (claimed.length > 0) {
+    const messages = chunk(claimed, config.PUBLISH_CHUNK).map(encodeMessage);
+    const confirmed = await queue.publish(messages);
+    logger[confirmed === messages.length ? "info" : "warn"](
+      {
+        claimed: claimed.length,
+        messages: messages.length,
+        confirmed,
+        maxLateMs: Math.max(...claimed.map(({ lateMs }) => lateMs)),
+        tookMs: Math.round(performance.now() - startedAt),
+      },
+      confirmed === messages.length ? "published" : "not all confirmed; their leases bring them again",
+    );
+  }
+  if (claimed.length === config.SCAN_BATCH) return 0;
+  const nextMs = (await msUntilNextScan(database)) ?? config.SCAN_INTERVAL_MS;
+  return Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, nextMs));
+}
+
+function chunk(claimed: readonly ClaimedReservation[], size: number): ClaimedReservation[][] {
+  return Array.from({ length: Math.ceil(claimed.length / size) }, (_, index) =>
+    claimed.slice(index * size, (index + 1) * size),
+  );
+}
+
+if (import.meta.main) {
+  await runService({
+    name: "scheduler",
+    configure: () =>
+      readConfig(Bun.env, [
+        "DATABASE_URL",
+        "DATABASE_CONNECTIONS",
+        "ALLOW_LOSSY_DATABASE",
+        "AMQP_URL",
+        "QUEUE",
+        "HOST",
+        "SCHEDULER_PORT",
+        "SCAN_INTERVAL_MS",
+        "SCAN_BATCH",
+        "LEASE_MS",
+        "PUBLISH_CHUNK",
+        "PUBLISH_TIMEOUT_MS",
+        "QUEUED_RESERVATIONS",
+        "LOG_LEVEL",
+      ]),
+    async main({ config, logger, signal }) {
+      const database = openDatabase(config.DATABASE_URL, { connections: config.DATABASE_CONNECTIONS });
+      let queue: Queue | undefined;
+      const health = serveHealth({
+        hostname: config.HOST,
+        port: config.SCHEDULER_PORT,
+        logger,
+        async isReady() {
+          await pingDatabase(database);
+          return queue?.isReady() ?? false;
+        },
+      });
+      const isUp = await waitForDatabase(
+        async () => {
+          await checkSchema(database);
+          if (!config.ALLOW_LOSSY_DATABASE) await checkDurability(database);
+        },
+        { signal, logger },
+      );
+      if (isUp) {
+        const opened = openQueue(config.AMQP_URL, {
+          name: config.QUEUE,
+          publishTimeoutMs: config.PUBLISH_TIMEOUT_MS,
+          onConnected: () => logger.info({ queue: config.QUEUE }, "connected to RabbitMQ"),
+          onDisconnected: (reason, retryInMs) => logger.warn({ reason, retryInMs }, "waiting for RabbitMQ"),
+        });
+        queue = opened;
+        await runLoop(() => scanAndPublish({ database, queue: opened, logger, config }), {
+          signal,
+          onFailure: (error, retryInMs) =>
+            logger.warn({ error: describeError(error), retryInMs }, "scan failed"),
+        });
+        await opened.close();
+      }
+      await database.close();
+      await health.stop();
+    },
+  });
+}

@@ -1,0 +1,249 @@
+import type { Logger } from "pino";
+import { coalesce } from "./lib/coalesce.ts";
+import { readConfig } from "./lib/config.ts";
+import {
+  type Connection,
+  checkDurability,
+  type Database,
+  DatabaseError,
+  openDatabase,
+} from "./lib/database.ts";
+import { backoffMs } from "./lib/loop.ts";
+import { decodeMessage, type ReservationMessage } from "./lib/message.ts";
+import { addPointsIdempotent, findLedgerEntry } from "./lib/point_repository.ts";
+import { type Outcome, openQueue, type Queue } from "./lib/queue.ts";
+import {
+  type LockedReservation,
+  lockReservations,
+  markDone,
+  markFailed,
+  scheduleRetry,
+} from "./lib/reservation_repository.ts";
+import {
+  aborted,
+  describeError,
+  pingDatabase,
+  runService,
+  serveHealth,
+  waitForDatabase,
+} from "./lib/service.ts";
+import { checkSchema } from "./sql/migrate.ts";
+
+/** Waits between the attempts of a reservation that fails for a reason of its own: 1 s, 2 s, 4 s … 1 h. */
+const RETRY = { baseMs: 2_000, maxMs: 3_600_000 };
+/** How long a worker that was told to stop grants what it holds; the rest goes back to the queue. */
+const STOP_MS = 5_000;
+/** Unacknowledged reservations that wait in memory; prefetch keeps them far fewer. */
+const MAX_WAITING = 1_000_000;
+
+/**
+ * What became of a reservation that a message named:
+ * - `granted`: its points are in the balance
+ * - `over`: it was DONE, FAILED or CANCELLED before
+ * - `not_due`: it is not claimed, or its time has not come; the scheduler brings it when it has
+ * - `failed`: refused for good, or to be tried again; the row says why
+ * - `unknown`: there is no such row
+ */
+type Verdict = "granted" | "over" | "not_due" | "failed" | "unknown";
+
+export interface GrantOptions {
+  database: Database;
+  logger: Logger;
+  maxAttempts: number;
+}
+
+/**
+ * Grants what some messages name, all in one transaction, and says what becomes of each message, in their order.
+ *
+ * @throws {DatabaseError} where MySQL is away: no message may be acknowledged then
+ */
+export async function processMessages(
+  messages: readonly ReservationMessage[][],
+  options: GrantOptions,
+): Promise<Outcome[]> {
+  const startedAt = performance.now();
+  const ids = [...new Set(messages.flat().map((message) => message.reservation_id))];
+  const { verdicts, maxLateMs } = await grant(ids, options);
+
+  const counts: Partial<Record<Verdict, number>> = {};
+  for (const verdict of verdicts.values()) counts[verdict] = (counts[verdict] ?? 0) + 1;
+  const tookMs = Math.round(performance.now() - startedAt);
+  options.logger.info({ messages: messages.length, ...counts, maxLateMs, tookMs }, "processed");
+
+  const isUnknown = (message: ReservationMessage) => verdicts.get(message.reservation_id) === "unknown";
+  const unknown = messages.flat().filter(isUnknown);
+  if (unknown.length > 0) {
+    const reservations = unknown.slice(0, 10).map((message) => message.reservation_id);
+    options.logger.error({ count: unknown.length, reservations }, "no such reservation: dead letter");
+  }
+  return messages.map((message) => (message.some(isUnknown) ? "dead" : "ack"));
+}
+
+interface Granted {
+  verdicts: Map<string, Verdict>;
+  /** The longest time between `execute_at` and the grant, in milliseconds. */
+  maxLateMs: number;
+}
+
+async function grant(ids: readonly string[], options: GrantOptions): Promise<Granted> {
+  try {
+    return await options.database.transaction((connection) => grantTogether(connection, ids));
+  } catch (error) {
+    if (!(error instanceof DatabaseError) || error.isOutage) throw error;
+    // One row is at fault: alone, each of the others is granted.
+    options.logger.warn({ error: describeError(error), count: ids.length }, "granting one by one");
+    const verdicts = new Map<string, Verdict>();
+    for (const id of ids) verdicts.set(id, await grantAlone(id, options));
+    return { verdicts, maxLateMs: 0 };
+  }
+}
+
+async function grantTogether(connection: Connection, ids: readonly string[]): Promise<Granted> {
+  const rows = await lockReservations(connection, ids);
+  const due = rows.filter((row) => refuse(row) === undefined);
+  if (due.length > 0) {
+    await addPointsIdempotent(connection, due);
+    await markDone(
+      connection,
+      due.map(({ id }) => id),
+    );
+  }
+  const verdicts = new Map<string, Verdict>(ids.map((id) => [id, "unknown"]));
+  for (const row of rows) verdicts.set(row.id, refuse(row) ?? "granted");
+  return { verdicts, maxLateMs: due.reduce((max, { lateMs }) => Math.max(max, lateMs), 0) };
+}
+
+/** The row decides, not the message: only what is claimed and due is granted. */
+function refuse(row: LockedReservation): Verdict | undefined {
+  if (row.status === "PROCESSING") return row.isDue ? undefined : "not_due";
+  return row.status === "PENDING" ? "not_due" : "over";
+}
+
+async function grantAlone(id: string, options: GrantOptions): Promise<Verdict> {
+  try {
+    return await options.database.transaction(async (connection) => {
+      const [row] = await lockReservations(connection, [id]);
+      const refused = row ? refuse(row) : "unknown";
+      if (!row || refused) return refused ?? "unknown";
+      const entry = await findLedgerEntry(connection, row.idempotencyKey);
+      if (entry && (entry.userId !== row.userId || entry.pointAmount !== row.pointAmount)) {
+        const reason = `The ledger has the idempotency key already, with other content: entry ${entry.id}`;
+        return fail(connection, row, { reason, ...options });
+      }
+      if (!entry) await addPointsIdempotent(connection, [row]);
+      await markDone(connection, [id]);
+      return "granted";
+    });
+  } catch (error) {
+    if (!(error instanceof DatabaseError) || error.isOutage) throw error;
+    return recordFailure(id, error, options);
+  }
+}
+
+/** Counts an attempt. It takes a write to MySQL, so that no outage of MySQL can end a reservation. */
+async function recordFailure(id: string, error: DatabaseError, options: GrantOptions): Promise<Verdict> {
+  return options.database.transaction(async (connection) => {
+    const [row] = await lockReservations(connection, [id]);
+    const refused = row ? refuse(row) : "unknown";
+    if (!row || refused) return refused ?? "unknown";
+    if (error.kind === "out_of_range") {
+      return fail(connection, row, { reason: "The balance would be out of range", ...options });
+    }
+    const attempts = row.attempts + 1;
+    if (attempts >= options.maxAttempts) {
+      return fail(connection, row, {
+        reason: `Gave up after ${attempts} attempts: ${error.message}`,
+        ...options,
+      });
+    }
+    const retryInMs = backoffMs(attempts, RETRY);
+    await scheduleRetry(connection, id, { reason: error.message, retryInMs });
+    options.logger.warn(
+      { reservation: id, attempts, retryInMs, error: describeError(error) },
+      "grant failed",
+    );
+    return "failed";
+  });
+}
+
+async function fail(
+  connection: Connection,
+  { id }: LockedReservation,
+  { reason, logger }: { reason: string; logger: Logger },
+): Promise<Verdict> {
+  await markFailed(connection, id, { reason });
+  logger.error({ reservation: id, reason }, "reservation FAILED");
+  return "failed";
+}
+
+/** Reads a message, and says in the log why one cannot be read. */
+function readMessage(content: Buffer, logger: Logger): ReservationMessage[] | undefined {
+  try {
+    return decodeMessage(content);
+  } catch (error) {
+    logger.error({ error: describeError(error) }, "unreadable message: dead letter");
+    return undefined;
+  }
+}
+
+if (import.meta.main) {
+  await runService({
+    name: "worker",
+    configure: () =>
+      readConfig(Bun.env, [
+        "DATABASE_URL",
+        "DATABASE_CONNECTIONS",
+        "ALLOW_LOSSY_DATABASE",
+        "AMQP_URL",
+        "QUEUE",
+        "HOST",
+        "WORKER_PORT",
+        "WORKER_BATCH",
+        "WORKER_PREFETCH",
+        "MAX_ATTEMPTS",
+        "LOG_LEVEL",
+      ]),
+    async main({ config, logger, signal }) {
+      const database = openDatabase(config.DATABASE_URL, { connections: config.DATABASE_CONNECTIONS });
+      let queue: Queue | undefined;
+      const health = serveHealth({
+        hostname: config.HOST,
+        port: config.WORKER_PORT,
+        logger,
+        async isReady() {
+          await pingDatabase(database);
+          return queue?.isReady() ?? false;
+        },
+      });
+      async function checkDatabase() {
+        await checkSchema(database);
+        if (!config.ALLOW_LOSSY_DATABASE) await checkDurability(database);
+      }
+      if (await waitForDatabase(checkDatabase, { signal, logger })) {
+        queue = openQueue(config.AMQP_URL, {
+          name: config.QUEUE,
+          onConnected: () => logger.info({ queue: config.QUEUE }, "consuming"),
+          onDisconnected: (reason, retryInMs) => logger.warn({ reason, retryInMs }, "not consuming"),
+        });
+        const grantCoalesced = coalesce(
+          (messages: ReservationMessage[][]) =>
+            processMessages(messages, { database, logger, maxAttempts: config.MAX_ATTEMPTS }),
+          { maxBatch: config.WORKER_BATCH, maxWaiting: MAX_WAITING, weight: (message) => message.length },
+        );
+        queue.consume({
+          prefetch: config.WORKER_PREFETCH,
+          before: () => waitForDatabase(() => pingDatabase(database), { signal, logger }),
+          async handle(content) {
+            const message = readMessage(content, logger);
+            return message ? grantCoalesced(message) : "dead";
+          },
+        });
+        await aborted(signal);
+        await queue.stop(STOP_MS);
+        await queue.close();
+      }
+      await database.close();
+      await health.stop();
+    },
+  });
+}
