@@ -1,0 +1,183 @@
+import { randomBytes } from "node:crypto";
+import { join } from "node:path";
+import { connect } from "amqplib";
+import { createConnection } from "mysql2/promise";
+import { pino } from "pino";
+import { type Connection, type Database, openDatabase } from "../lib/database.ts";
+import { newReservation, type Reservation, type ReservationStatus } from "../lib/reservation.ts";
+import { migrate } from "../sql/migrate.ts";
+
+/** The services' URLs; `setup.ts` has made sure that they are set. */
+export const DATABASE_URL = Bun.env.DATABASE_URL ?? "";
+export const AMQP_URL = Bun.env.AMQP_URL ?? "";
+const ROOT = join(import.meta.dir, "..");
+
+/** A logger that says nothing. */
+export const silent = pino({ level: "silent" });
+
+/** A name that no other run on these servers uses. */
+export function uniqueName(prefix: string): string {
+  return `${prefix}_${randomBytes(6).toString("hex")}`;
+}
+
+export interface TestDatabase {
+  url: string;
+  name: string;
+  database: Database;
+  /** Runs a statement as an operator would, past all of our code. */
+  query<Row extends object>(sql: string, values?: unknown[]): Promise<Row[]>;
+  drop(): Promise<void>;
+}
+
+/** A database of its own, migrated unless told otherwise; `drop()` when done. */
+export async function createTestDatabase({ migrated = true } = {}): Promise<TestDatabase> {
+  const name = uniqueName("pointservice_test");
+  const admin = await createConnection({ uri: DATABASE_URL });
+  await admin.query(`create database ${name}`);
+  await admin.end();
+  const parsed = new URL(DATABASE_URL);
+  parsed.pathname = `/${name}`;
+  const url = parsed.href;
+  if (migrated) await migrate(url);
+  const database = openDatabase(url);
+  return {
+    url,
+    name,
+    database,
+    query: (sql, values) => database.run((connection: Connection) => connection.select(sql, values)),
+    async drop() {
+      await database.close();
+      const again = await createConnection({ uri: DATABASE_URL });
+      await again.query(`drop database if exists ${name}`);
+      await again.end();
+    },
+  };
+}
+
+/** A valid reservation, due since a second unless told otherwise. */
+export function reservationOf(fields: Partial<Reservation> = {}): Reservation {
+  const { id, ...rest } = newReservation({
+    user_id: "TestUser01",
+    point_amount: 100,
+    execute_at: new Date(Date.now() - 1_000).toISOString(),
+  });
+  return { ...rest, id, idempotencyKey: id, ...fields };
+}
+
+/** Inserts a row as it is, whatever the rules of the program say: for states that only a crash or an operator makes. */
+export async function insertReservation(
+  { query }: TestDatabase,
+  fields: Partial<Reservation> & { status?: ReservationStatus; scanAt?: Date | null } = {},
+): Promise<Reservation> {
+  const { status = "PENDING", scanAt, ...rest } = fields;
+  const reservation = reservationOf(rest);
+  const isOpen = status === "PENDING" || status === "PROCESSING";
+  await query("insert into point_reservations set ?", [
+    {
+      id: reservation.id,
+      user_id: reservation.userId,
+      point_amount: reservation.pointAmount,
+      execute_at: reservation.executeAt,
+      idempotency_key: reservation.idempotencyKey,
+      status,
+      scan_at: scanAt === undefined ? (isOpen ? reservation.executeAt : null) : scanAt,
+    },
+  ]);
+  return reservation;
+}
+
+/** Waits until `condition` gives a value that is not false or undefined; fails with `what` after `withinMs`. */
+export async function until<T>(
+  what: string,
+  condition: () => T | Promise<T>,
+  withinMs = 20_000,
+): Promise<NonNullable<Exclude<T, false>>> {
+  const end = Date.now() + withinMs;
+  for (;;) {
+    const value = await condition();
+    if (value !== false && value !== undefined && value !== null)
+      return value as NonNullable<Exclude<T, false>>;
+    if (Date.now() > end) throw new Error(`Not within ${withinMs} ms: ${what}`);
+    await Bun.sleep(20);
+  }
+}
+
+/** Deletes a queue and its dead-letter queue. */
+export async function deleteQueue(name: string, url: string = AMQP_URL): Promise<void> {
+  const connection = await connect(url);
+  const channel = await connection.createChannel();
+  await channel.deleteQueue(name);
+  await channel.deleteQueue(`${name}.dead`);
+  await connection.close();
+}
+
+export interface RunningService {
+  pid: number;
+  /** Where its HTTP port answers, e.g. `http://127.0.0.1:41234`. */
+  url: string;
+  /** The log so far, one object a line. */
+  log(): Record<string, unknown>[];
+  /** Sends a signal and waits for the end: the exit code, or null where a signal ended it. */
+  kill(signal: NodeJS.Signals): Promise<number | null>;
+  exited: Promise<number | null>;
+}
+
+/** Starts a real process of an entry file, on a free port, with these settings; waits until its port answers unless told otherwise. */
+export async function startService(
+  entry: "api" | "scheduler" | "worker",
+  env: Record<string, string>,
+  { waitForPort = true } = {},
+): Promise<RunningService> {
+  const child = Bun.spawn([process.execPath, `${entry}.ts`], {
+    cwd: ROOT,
+    env: {
+      PATH: Bun.env.PATH,
+      ...(Bun.env.TZ && { TZ: Bun.env.TZ }),
+      AMQP_URL,
+      PORT: "0",
+      SCHEDULER_PORT: "0",
+      WORKER_PORT: "0",
+      SCAN_INTERVAL_MS: "100",
+      ...env,
+    },
+    stdout: "pipe",
+    stderr: "pipe",
+  });
+  let text = "";
+  for (const stream of [child.stdout, child.stderr]) collect(stream);
+  async function collect(stream: ReadableStream<Uint8Array>) {
+    const decoder = new TextDecoder();
+    for await (const bytes of stream) text += decoder.decode(bytes, { stream: true });
+  }
+  const log = () =>
+    text
+      .split("\n")
+      .slice(0, -1)
+      .filter(Boolean)
+      .map((line) => {
+        try {
+          return JSON.parse(line) as Record<string, unknown>;
+        } catch {
+          return { line };
+        }
+      });
+  const exited = child.exited.then(() => child.exitCode);
+  const service: RunningService = {
+    pid: child.pid,
+    url: "",
+    log,
+    exited,
+    async kill(signal) {
+      child.kill(signal);
+      return exited;
+    },
+  };
+  if (waitForPort) {
+    service.url = await until(`${entry} serves its port: ${text}`, () => {
+      if (child.exitCode !== null) throw new Error(`${entry} exited with ${child.exitCode}: ${text}`);
+      const url = log().find((line) => typeof line.url === "string")?.url;
+      return typeof url === "string" && url.replace(/\/$/, "");
+    });
+  }
+  return service;
+}
