@@ -1,0 +1,180 @@
+/** The three processes as children of one: what `dev` and `demo` have in common. */
+import { join } from "node:path";
+import { migrate } from "../../sql/migrate.ts";
+import { readConfig } from "../config.ts";
+import { sleep } from "../loop.ts";
+
+const ROOT = join(import.meta.dir, "../..");
+const NAMES = ["api", "scheduler", "worker"] as const;
+export type Name = (typeof NAMES)[number];
+const PORTS = { api: "PORT", scheduler: "SCHEDULER_PORT", worker: "WORKER_PORT" } as const;
+
+/** How long a process may take to serve its port. */
+const START_MS = 20_000;
+/** How long a process may take to end: a little more than the 10 s that it promises. */
+const STOP_MS = 12_000;
+
+export interface StackOptions {
+  /** Settings of the children, beside the environment. */
+  env: Record<string, string>;
+  /** The children listen on their usual ports where those are free; false: on any. */
+  usualPorts: boolean;
+  say: (line: string) => void;
+  /** Gets each line that a child logs. */
+  onLog: (name: Name, line: string) => void;
+  /** Called when a child ends before it was told to, with the signal or the exit code. */
+  onExit: (name: Name, how: string) => void;
+}
+
+export interface Stack {
+  databaseUrl: string;
+  amqpUrl: string;
+  /** Where the API answers, e.g. `http://127.0.0.1:1323`. */
+  apiUrl: string;
+  /** Aborted when somebody wants this to end. */
+  signal: AbortSignal;
+}
+
+/**
+ * Migrates, starts api, scheduler and worker, runs `main`, and stops the three, whatever happens. Ends with the exit code
+ * that `main` returns; 130 or 143 where a signal ended it.
+ */
+export async function runWithStack(
+  options: StackOptions,
+  main: (stack: Stack) => Promise<number>,
+): Promise<never> {
+  const stop = new AbortController();
+  let code = 0;
+  function end(exitCode: number) {
+    // The second signal does not wait any longer.
+    if (stop.signal.aborted) process.exit(exitCode);
+    code = exitCode;
+    stop.abort();
+  }
+  process.on("SIGINT", () => end(130));
+  process.on("SIGTERM", () => end(143));
+  process.on("SIGHUP", () => end(129));
+  const parent = process.ppid;
+  // A parent that was killed cannot tell: nobody would be there to stop the children.
+  const watch = setInterval(() => process.ppid !== parent && !stop.signal.aborted && end(143), 500);
+
+  const children: Child[] = [];
+  try {
+    const { DATABASE_URL, AMQP_URL } = readConfig(Bun.env, ["DATABASE_URL", "AMQP_URL"]);
+    options.say("bringing the tables up to date");
+    await migrate(DATABASE_URL);
+    for (const name of NAMES) {
+      if (!stop.signal.aborted) children.push(startChild(name, options, stop.signal));
+    }
+    const urls = await Promise.all(children.map((child) => child.served));
+    const apiUrl = urls[0]?.replace(/\/$/, "");
+    if (apiUrl && !stop.signal.aborted) {
+      const result = await main({
+        databaseUrl: DATABASE_URL,
+        amqpUrl: AMQP_URL,
+        apiUrl,
+        signal: stop.signal,
+      });
+      if (!stop.signal.aborted) code = result;
+    }
+  } catch (error) {
+    options.say((error as Error).message);
+    code ||= 1;
+  } finally {
+    clearInterval(watch);
+    stop.abort();
+    await Promise.all(children.map((child) => child.stop()));
+  }
+  process.exit(code);
+}
+
+interface Child {
+  /** Where it answers, or undefined where it was stopped before. */
+  served: Promise<string | undefined>;
+  stop(): Promise<void>;
+}
+
+function startChild(
+  name: Name,
+  { env, usualPorts, onLog, onExit }: StackOptions,
+  signal: AbortSignal,
+): Child {
+  const port = PORTS[name];
+  const child = Bun.spawn([process.execPath, `${name}.ts`], {
+    cwd: ROOT,
+    env: { ...Bun.env, [port]: usualPorts ? portFor(name) : "0", ...env },
+    stdin: "ignore",
+    stdout: "pipe",
+    stderr: "pipe",
+    // In a session of its own: Ctrl-C reaches it once, through us; a second signal would cut short what is in hand.
+    detached: true,
+  });
+  const { promise: served, resolve, reject } = Promise.withResolvers<string | undefined>();
+  const timer = setTimeout(
+    () => reject(new Error(`${name} does not serve its port within ${START_MS} ms`)),
+    START_MS,
+  );
+  let lastLine = "";
+  function read(line: string) {
+    lastLine = line;
+    onLog(name, line);
+    const url = fieldOf(line, "url");
+    if (url) resolve(url);
+  }
+  const output = Promise.all([readLines(child.stdout, read), readLines(child.stderr, read)]);
+  child.exited.then(async () => {
+    await output;
+    if (signal.aborted) return resolve(undefined);
+    const how = String(child.signalCode ?? `exit code ${child.exitCode}`);
+    onExit(name, how);
+    reject(new Error(`${name} ended with ${how}: ${fieldOf(lastLine, "msg") ?? lastLine}`));
+  });
+  served.then(
+    () => clearTimeout(timer),
+    () => clearTimeout(timer),
+  );
+  return {
+    served,
+    async stop() {
+      clearTimeout(timer);
+      child.kill("SIGTERM");
+      const late = await Promise.race([child.exited.then(() => false), sleep(STOP_MS).then(() => true)]);
+      if (late) child.kill("SIGKILL");
+      await child.exited;
+    },
+  };
+}
+
+/** The port that the settings name, or 0 where it is taken already. */
+function portFor(name: Name): string {
+  const setting = PORTS[name];
+  const { HOST, [setting]: port } = readConfig(Bun.env, ["HOST", setting]);
+  if (Bun.env[setting]) return String(port);
+  try {
+    Bun.listen({ hostname: HOST, port, socket: { data() {} } }).stop(true);
+    return String(port);
+  } catch {
+    return "0";
+  }
+}
+
+/** A field of a line of JSON; undefined where there is none. */
+export function fieldOf(line: string, field: string): string | undefined {
+  try {
+    const value = JSON.parse(line)[field];
+    return value === undefined ? undefined : String(value);
+  } catch {
+    return undefined;
+  }
+}
+
+async function readLines(stream: ReadableStream<Uint8Array>, onLine: (line: string) => void): Promise<void> {
+  const decoder = new TextDecoder();
+  let rest = "";
+  for await (const bytes of stream) {
+    const lines = (rest + decoder.decode(bytes, { stream: true })).split("\n");
+    rest = lines.pop() ?? "";
+    for (const line of lines) if (line) onLine(line);
+  }
+  if (rest) onLine(rest);
+}
