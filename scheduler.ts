@@ -5,7 +5,14 @@ import { runLoop } from "./lib/loop.ts";
 import { encodeMessage } from "./lib/message.ts";
 import { openQueue, type Queue } from "./lib/queue.ts";
 import { type ClaimedReservation, claimDue, msUntilNextScan } from "./lib/reservation_repository.ts";
-import { describeError, pingDatabase, runService, serveHealth, waitForDatabase } from "./lib/service.ts";
+import {
+  aborted,
+  describeError,
+  pingDatabase,
+  runService,
+  serveHealth,
+  waitForDatabase,
+} from "./lib/service.ts";
 import { checkSchema } from "./sql/migrate.ts";
 
 /** How soon to look again while the queue is deep. */
@@ -103,13 +110,18 @@ if (import.meta.main) {
         { signal, logger },
       );
       if (isUp) {
+        const connected = Promise.withResolvers<void>();
         const opened = openQueue(config.AMQP_URL, {
           name: config.QUEUE,
           publishTimeoutMs: config.PUBLISH_TIMEOUT_MS,
-          onConnected: () => logger.info({ queue: config.QUEUE }, "connected to RabbitMQ"),
+          onConnected() {
+            logger.info({ queue: config.QUEUE }, "connected to RabbitMQ");
+            connected.resolve();
+          },
           onDisconnected: (reason, retryInMs) => logger.warn({ reason, retryInMs }, "waiting for RabbitMQ"),
         });
         queue = opened;
+        await Promise.race([connected.promise, aborted(signal)]);
         await runLoop(() => scanAndPublish({ database, queue: opened, logger, config }), {
           signal,
           onFailure: (error, retryInMs) =>
