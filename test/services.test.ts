@@ -14,8 +14,11 @@ import { join } from "node:path";
 import { connect as connectAmqp } from "amqplib";
 import type { Subprocess } from "bun";
 import { createConnection } from "mysql2/promise";
-import { processesMarked, withLock } from "../lib/dev/lock.ts";
-import { answersAmqp, answersMysql, findServerBinaries, startPrivateServers } from "../lib/dev/servers.ts";
+import { withLock } from "../lib/dev/lock.ts";
+import { answersMysql } from "../lib/dev/mysql.ts";
+import { processesMarked } from "../lib/dev/processes.ts";
+import { answersAmqp } from "../lib/dev/rabbitmq.ts";
+import { findServerBinaries, startPrivateServers } from "../lib/dev/servers.ts";
 
 const COMMAND = join(import.meta.dir, "../lib/dev/services.ts");
 const FIXTURE = join(import.meta.dir, "services_fixture.ts");

@@ -1,0 +1,114 @@
+/** Installing MySQL and RabbitMQ with apt-get, without starting any service of the machine. */
+import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+import { findMysqld, findRabbitmq } from "./binaries.ts";
+import type { ServicesOptions } from "./clone.ts";
+import { withLock } from "./lock.ts";
+import { type CommandResult, runCommand, whileSaying } from "./processes.ts";
+import { findServerBinaries } from "./servers.ts";
+
+const APT_WITHIN_MS = 5 * 60_000;
+const POLICY_FILE = "/usr/sbin/policy-rc.d";
+const POLICY =
+  "#!/bin/sh\n# pointservice: no service starts while `bun run services` installs packages\nexit 101\n";
+
+/** Also where a run was killed in the midst of it: the policy file must go, once apt-get is through. */
+export function mustInstall(): boolean {
+  return !findServerBinaries() || (process.getuid?.() === 0 && isOurPolicy());
+}
+
+/** Installs what is missing, as root of Debian or Ubuntu, without starting any service of the machine. */
+export async function install({ say, signal }: ServicesOptions): Promise<void> {
+  const missing = [findMysqld() ? "" : "mysqld or mariadbd", findRabbitmq() ? "" : "rabbitmq-server"];
+  if (process.getuid?.() !== 0 || !Bun.which("apt-get")) {
+    throw new Error(`No DATABASE_URL and AMQP_URL, no Docker engine with the compose plugin, and no ${missing.filter(Boolean).join(", no ")} on this machine. One of these helps:
+  - set DATABASE_URL=mysql://user:password@host:3306/database and AMQP_URL=amqp://user:password@host:5672
+  - start Docker
+  - install mysqld or mariadbd, and rabbitmq-server (root of Debian or Ubuntu has it done; macOS: brew install mariadb rabbitmq)`);
+  }
+  say("no Docker engine, and not both servers on this machine: installing MariaDB and RabbitMQ with apt-get");
+  // One at a time on the whole machine, or one run would take away the policy file that another still needs.
+  await withLock(
+    "/run/pointservice-install.sqlite",
+    async () => {
+      if (mustInstall()) await installPackages({ say, signal });
+    },
+    {
+      say,
+      signal,
+      waiting: "waiting for another run that is installing them",
+      deadlineMs: 2 * APT_WITHIN_MS,
+    },
+  );
+  if (!findServerBinaries())
+    throw new Error("apt-get is done, but mysqld or rabbitmq-server is still not to be found");
+}
+
+async function installPackages({ say, signal }: ServicesOptions): Promise<void> {
+  const giveUpAt = Date.now() + APT_WITHIN_MS;
+  async function apt(args: string[]): Promise<CommandResult> {
+    const command = [
+      "apt-get",
+      "-y",
+      "-q",
+      "-o",
+      "DPkg::Lock::Timeout=60",
+      "-o",
+      "Acquire::Retries=3",
+      ...args,
+    ];
+    const env = { ...process.env, DEBIAN_FRONTEND: "noninteractive", LC_ALL: "C" };
+    for (;;) {
+      // On SIGINT apt-get finishes the package in hand: killed, it would leave a half-installed one.
+      const result = await runCommand(command, { env, signal, abortWith: "SIGINT" });
+      signal?.throwIfAborted();
+      const locked = /could not get lock|unable to (lock|acquire)/i.test(result.output);
+      if (result.code === 0 || !locked || Date.now() > giveUpAt) return result;
+      await sleep(2_000);
+    }
+  }
+  const updated = await whileSaying("still updating the package lists", say, () => apt(["update"]));
+  const packages: string[] = [];
+  if (!findMysqld()) packages.push(...(await mysqlPackages()));
+  const newRabbitmq = !findRabbitmq();
+  if (newRabbitmq) packages.push("rabbitmq-server");
+  say(["apt-get install", ...packages].join(" "));
+
+  const ours = writePolicy();
+  try {
+    const done = await whileSaying("still installing", say, () =>
+      apt(["install", "--no-install-recommends", ...packages]),
+    );
+    if (done.code !== 0) {
+      const output = updated.code === 0 ? done.output : `${updated.output}\n${done.output}`;
+      throw new Error(`apt-get install failed:\n${output.trim().split("\n").slice(-20).join("\n")}`);
+    }
+  } finally {
+    if (ours) rmSync(POLICY_FILE, { force: true });
+  }
+  // The package has enabled its service, which would run from the next boot on.
+  if (newRabbitmq && Bun.which("systemctl")) await runCommand(["systemctl", "disable", "rabbitmq-server"]);
+}
+
+/** The server without its service, and what `mariadb-install-db` needs; older releases have the version in the name. */
+async function mysqlPackages(): Promise<string[]> {
+  for (const version of ["", "-10.6", "-10.5"]) {
+    const packages = [`mariadb-server-core${version}`, `mariadb-client-core${version}`];
+    if ((await runCommand(["apt-cache", "madison", ...packages])).stdout.trim() !== "") return packages;
+  }
+  return ["mysql-server-core"];
+}
+
+/** Forbids packages to start their services (see invoke-rc.d(8)). @returns whether the file is ours to remove */
+function writePolicy(): boolean {
+  try {
+    writeFileSync(POLICY_FILE, POLICY, { flag: "wx", mode: 0o755 });
+    return true;
+  } catch {
+    return isOurPolicy();
+  }
+}
+
+function isOurPolicy(): boolean {
+  return existsSync(POLICY_FILE) && readFileSync(POLICY_FILE, "utf8") === POLICY;
+}

@@ -1,0 +1,94 @@
+/** MySQL or MariaDB as a server of ours. */
+import * as fs from "node:fs";
+import { dirname, join } from "node:path";
+import { createConnection } from "mysql2/promise";
+import { binaryFolders, findExecutable, findMysqld, need, serverEnv } from "./binaries.ts";
+import { lastLines, MARK, markOf, runCommand } from "./processes.ts";
+import type { Recipe, ServerOptions } from "./recipe.ts";
+
+/** MySQL or MariaDB with database, user and password `pointservice`. `folder` is there, and its path is the real one. */
+export function mysqlRecipe({ folder, say }: ServerOptions): Recipe {
+  const asUser = process.getuid?.() === 0 ? ["--user=root"] : [];
+
+  async function prepare([port]: number[], signal?: AbortSignal): Promise<{ command: string[] }> {
+    const mysqld = need(findMysqld(), "mysqld or mariadbd");
+    const version = (await runCommand([mysqld, "--no-defaults", "--version"])).output;
+    const mariadb = /mariadb/i.test(version);
+    // A server must not be let loose on the files of another flavour or version: a folder for each.
+    const name = `mysql-${mariadb ? "mariadb" : "oracle"}-${/\d+\.\d+/.exec(version)?.[0] ?? "unknown"}`;
+    const data = join(folder, name);
+    if (!fs.existsSync(data)) {
+      const others = fs.readdirSync(folder).filter((entry) => /^mysql-[a-z]+-[\d.]*\d$/.test(entry));
+      if (others.length > 0)
+        say(`starting with empty data in ${name}: ${others.join(", ")} is of another MySQL`);
+      await initialise({ mysqld, mariadb, data, signal });
+    }
+    const files = join(folder, "mysql-files");
+    fs.mkdirSync(files, { recursive: true, mode: 0o700 });
+    const initFile = join(folder, "mysql-init.sql");
+    fs.writeFileSync(
+      initFile,
+      `create database if not exists pointservice;
+create user if not exists 'pointservice'@'%' identified by 'pointservice';
+grant all privileges on *.* to 'pointservice'@'%';
+`,
+    );
+    const command = [mysqld, "--no-defaults", ...asUser, `--datadir=${data}`, `--init-file=${initFile}`];
+    // Relative to the data folder, and so short: the path of a socket is cut at 107 bytes.
+    command.push("--socket=mysql.sock", "--pid-file=mysqld.pid");
+    command.push("--bind-address=127.0.0.1", `--port=${port}`, "--skip-name-resolve");
+    command.push("--innodb-flush-log-at-trx-commit=1", "--skip-log-bin", `--secure-file-priv=${files}`);
+    if (!mariadb) command.push("--mysqlx=OFF");
+    return { command };
+  }
+
+  /** Makes a folder beside and renames it: a run that is killed here leaves no half-made data folder. */
+  async function initialise(options: {
+    mysqld: string;
+    mariadb: boolean;
+    data: string;
+    signal: AbortSignal | undefined;
+  }): Promise<void> {
+    const { mysqld, mariadb, data, signal } = options;
+    const fresh = `${data}.new`;
+    fs.rmSync(fresh, { recursive: true, force: true });
+    const near = dirname(fs.realpathSync(mysqld));
+    const installers = [near, join(near, "../bin"), join(near, "../scripts"), ...binaryFolders()];
+    const command = mariadb
+      ? [
+          need(findExecutable(["mariadb-install-db", "mysql_install_db"], installers), "mariadb-install-db"),
+          "--no-defaults",
+          "--auth-root-authentication-method=normal",
+          "--skip-test-db",
+        ]
+      : [mysqld, "--no-defaults", "--initialize-insecure"];
+    const env = { ...serverEnv(), [MARK]: markOf(folder, "MySQL") };
+    const made = await runCommand([...command, `--datadir=${fresh}`, ...asUser], { env, signal });
+    signal?.throwIfAborted();
+    if (made.code !== 0) {
+      throw new Error(`MySQL's data folder could not be made by ${command[0]}:\n${lastLines(made.output)}`);
+    }
+    fs.renameSync(fresh, data);
+  }
+
+  return {
+    name: "MySQL",
+    portCount: 1,
+    main: /(mysqld|mariadbd) .*--port=/,
+    url: (port) => `mysql://pointservice:pointservice@127.0.0.1:${port}/pointservice`,
+    answers: answersMysql,
+    prepare,
+  };
+}
+
+/** Whether a server with our database and user serves there. */
+export async function answersMysql(port: number): Promise<boolean> {
+  const login = { user: "pointservice", password: "pointservice", database: "pointservice" };
+  try {
+    const connection = await createConnection({ host: "127.0.0.1", port, connectTimeout: 2_000, ...login });
+    await connection.query("select 1").finally(() => connection.destroy());
+    return true;
+  } catch {
+    return false;
+  }
+}
