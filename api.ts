@@ -1,6 +1,6 @@
 import { openapi } from "@elysiajs/openapi";
 import { Type } from "@sinclair/typebox";
-import { Elysia } from "elysia";
+import { Elysia, NotFoundError } from "elysia";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { coalesce, OverloadError } from "./lib/coalesce.ts";
@@ -124,8 +124,9 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
   const routes: { method: string; path: string }[] = [];
   const app = new Elysia()
     // Before the routes: a handler that is registered after them does not fire.
-    .onError({ as: "global" }, ({ code, error, request }) =>
-      problemOf(code === "NOT_FOUND" ? noRoute(request, routes) : error, logger),
+    .onError({ as: "global" }, ({ error, request }) =>
+      // Not by `code`, which Elysia takes from any error that has one: a DomainError's NOT_FOUND is another thing.
+      problemOf(error instanceof NotFoundError ? noRoute(request, routes) : error, logger),
     )
     .use(
       openapi({

@@ -68,7 +68,8 @@ function readSetting(env: Record<string, string | undefined>, name: keyof Settin
     throw invalid(name, "is not set");
   }
   const value = parse(schema, text);
-  if (!Value.Check(schema, value)) throw invalid(name, showSetting(name, text));
+  const isUrlIfDue = !URLS.includes(name) || URL.canParse(text);
+  if (!Value.Check(schema, value) || !isUrlIfDue) throw invalid(name, showSetting(name, text));
   return value;
 }
 

@@ -80,7 +80,15 @@ export async function findReservation(database: Database, id: string) {
     drizzle
       .select({ reservation: reservations, grantedAt: pointTransactions.createdAt })
       .from(reservations)
-      .leftJoin(pointTransactions, eq(pointTransactions.idempotencyKey, reservations.idempotencyKey))
+      // A FAILED one may have met another grant's entry under its key: that is no grant of its own.
+      .leftJoin(
+        pointTransactions,
+        and(
+          eq(pointTransactions.idempotencyKey, reservations.idempotencyKey),
+          eq(pointTransactions.userId, reservations.userId),
+          eq(pointTransactions.pointAmount, reservations.pointAmount),
+        ),
+      )
       .where(eq(reservations.id, id)),
   );
   return found && { ...found.reservation, grantedAt: found.grantedAt };
