@@ -68,9 +68,20 @@ function readSetting(env: Record<string, string | undefined>, name: keyof Settin
     throw invalid(name, "is not set");
   }
   const value = parse(schema, text);
-  const isUrlIfDue = !URLS.includes(name) || URL.canParse(text);
-  if (!Value.Check(schema, value) || !isUrlIfDue) throw invalid(name, showSetting(name, text));
+  if (!Value.Check(schema, value) || (URLS.includes(name) && !isUrl(text)))
+    throw invalid(name, showSetting(name, text));
   return value;
+}
+
+/** Whether the drivers can read it, user and password included. */
+function isUrl(text: string): boolean {
+  try {
+    const { username, password } = new URL(text);
+    decodeURIComponent(username + password);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 function parse(schema: TSchema, text: string): unknown {

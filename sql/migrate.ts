@@ -1,7 +1,7 @@
 import { createHash } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
-import { type Connection, createConnection, type ResultSetHeader, type RowDataPacket } from "mysql2/promise";
+import { type Connection, createConnection, type RowDataPacket } from "mysql2/promise";
 import { readConfig } from "../lib/config.ts";
 import { type Database, DatabaseError, databaseErrorOf, openDatabase } from "../lib/database.ts";
 import { DomainError } from "../lib/errors.ts";
@@ -41,7 +41,8 @@ async function readMigrations(folder: string): Promise<Migration[]> {
 function pendingOf(migrations: readonly Migration[], applied: readonly Applied[]): Migration[] {
   return migrations.filter(({ name, checksum }) => {
     const before = applied.find((row) => row.name === name);
-    if (before && before.checksum !== checksum) {
+    // One that failed in the middle may be mended; one that has run is history.
+    if (before?.finished && before.checksum !== checksum) {
       throw schemaError(
         `Cannot go on as ${name} was changed after it had run: restore it, and put the change in a new file`,
       );
@@ -135,15 +136,27 @@ async function runPending(
     if (!interrupted) await refuseStrangers(connection, { name, sql });
     say(`Running ${name}${interrupted ? " again, as it was interrupted" : ""}`);
     await connection.query(
-      "insert into schema_migrations (name, checksum) values (?, ?) on duplicate key update name = name",
+      `insert into schema_migrations (name, checksum) values (?, ?)
+       on duplicate key update checksum = values(checksum)`,
       [name, checksum],
     );
-    await connection.query<ResultSetHeader[]>(sql);
+    await runFile(connection, { name, sql });
     await connection.query("update schema_migrations set finished_at = utc_timestamp(3) where name = ?", [
       name,
     ]);
   }
   say(pending.length > 0 ? "The schema is up to date" : "The schema was up to date already");
+}
+
+async function runFile(connection: Connection, { name, sql }: Pick<Migration, "name" | "sql">) {
+  try {
+    await connection.query(sql);
+  } catch (error) {
+    const known = databaseErrorOf(error);
+    if (!(known instanceof DatabaseError) || known.isOutage) throw known;
+    // Our own statement without anybody's data: MySQL's sentence is what whoever wrote the file needs.
+    throw schemaError(`Cannot run ${name}: ${(error as Error).message}. Mend the file and run it again`);
+  }
 }
 
 // `if not exists` lets an interrupted file run again; it must not take another program's table for ours.

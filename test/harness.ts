@@ -30,12 +30,15 @@ export interface TestDatabase {
 }
 
 /** A database of its own, migrated unless told otherwise; `drop()` when done. */
-export async function createTestDatabase({ migrated = true } = {}): Promise<TestDatabase> {
+export async function createTestDatabase({
+  migrated = true,
+  server = DATABASE_URL,
+} = {}): Promise<TestDatabase> {
   const name = uniqueName("pointservice_test");
-  const admin = await createConnection({ uri: DATABASE_URL });
+  const admin = await createConnection({ uri: server });
   await admin.query(`create database ${name}`);
   await admin.end();
-  const parsed = new URL(DATABASE_URL);
+  const parsed = new URL(server);
   parsed.pathname = `/${name}`;
   const url = parsed.href;
   if (migrated) await migrate(url);
@@ -47,7 +50,7 @@ export async function createTestDatabase({ migrated = true } = {}): Promise<Test
     query: (sql, values) => database.run((connection: Connection) => connection.select(sql, values)),
     async drop() {
       await database.close();
-      const again = await createConnection({ uri: DATABASE_URL });
+      const again = await createConnection({ uri: server });
       await again.query(`drop database if exists ${name}`);
       await again.end();
     },

@@ -1,0 +1,556 @@
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "bun:test";
+import { drizzle } from "drizzle-orm/mysql2";
+import { createConnection } from "mysql2/promise";
+import { type Database, openDatabase } from "../lib/database.ts";
+import { RESERVATION_STATUSES, type Reservation } from "../lib/reservation.ts";
+import {
+  type ClaimedReservation,
+  claimDue,
+  createReservations,
+  findReservation,
+  lockReservations,
+  markDone,
+  markFailed,
+  msUntilNextScan,
+  scheduleRetry,
+} from "../lib/reservation_repository.ts";
+import { createTestDatabase, insertReservation, reservationOf, type TestDatabase, until } from "./harness.ts";
+
+let db: TestDatabase;
+/** One connection whose clock stands still: only so can a test be exact to the millisecond. */
+let frozen: Database;
+beforeAll(async () => {
+  db = await createTestDatabase();
+});
+afterAll(() => db.drop());
+beforeEach(() => {
+  frozen = openDatabase(db.url, { connections: 1 });
+});
+afterEach(async () => {
+  await frozen.close();
+  await db.query("delete from point_reservations");
+  await db.query("delete from point_transactions");
+});
+
+/** Sets the frozen clock. Whole and half seconds only: MySQL takes a floating-point number. */
+async function freezeAt(iso: string): Promise<void> {
+  await frozen.run(({ execute }) => execute(`set timestamp = ${Date.parse(iso) / 1000}`));
+}
+
+const MIDDAY = "2029-02-22T12:00:00.500Z";
+const LEASE = { limit: 1_000, leaseMs: 60_000 };
+
+/** So many milliseconds from midday. */
+function midday(offsetMs = 0): Date {
+  return new Date(Date.parse(MIDDAY) + offsetMs);
+}
+
+function insertDueAt(offsetMs: number, fields: Parameters<typeof insertReservation>[1] = {}) {
+  return insertReservation(db, { executeAt: midday(offsetMs), ...fields });
+}
+
+function idsOf(reservations: readonly Pick<Reservation, "id">[]): string[] {
+  return reservations.map(({ id }) => id);
+}
+
+async function rowOf(id: string) {
+  const row = await findReservation(db.database, id);
+  if (!row) throw new Error("There is no such reservation");
+  return row;
+}
+
+/** What claims from this database get, but their transactions commit only when told. */
+function openClaim(limit: number) {
+  const { promise: gate, resolve: commit } = Promise.withResolvers<void>();
+  const claimed = Promise.withResolvers<ClaimedReservation[]>();
+  const held: Database = {
+    ...db.database,
+    transaction: (work) =>
+      db.database.transaction(async (connection) => {
+        const result = await work(connection);
+        claimed.resolve(result as ClaimedReservation[]);
+        await gate;
+        return result;
+      }),
+  };
+  const done = claimDue(held, { ...LEASE, limit });
+  done.catch(claimed.reject);
+  return { claimed: claimed.promise, commit, done };
+}
+
+/** Inserts this many, due one millisecond after the other, in mixed order; gives their ids in the order of scan_at. */
+async function insertMany(count: number, firstDue = new Date(Date.now() - 60_000)): Promise<string[]> {
+  const ordered = Array.from({ length: count }, (_, index) =>
+    reservationOf({ executeAt: new Date(firstDue.getTime() + index) }),
+  );
+  await createReservations(
+    db.database,
+    ordered.toSorted((a, b) => (Bun.hash(a.id) < Bun.hash(b.id) ? -1 : 1)),
+  );
+  return idsOf(ordered);
+}
+
+describe("createReservations()", () => {
+  test("inserts all of a batch, to the millisecond and PENDING", async () => {
+    const batch = [
+      reservationOf({ executeAt: new Date("1970-01-01T00:00:00.000Z"), pointAmount: 1 }),
+      reservationOf({ executeAt: new Date("2029-02-22T13:59:00.001Z"), idempotencyKey: "k".repeat(100) }),
+      reservationOf({ executeAt: new Date("9999-12-31T23:59:59.999Z"), pointAmount: 2147483647 }),
+      reservationOf({ userId: "x".repeat(20) }),
+    ];
+    const outcomes = await createReservations(db.database, batch);
+    expect(outcomes).toEqual(batch.map((reservation) => ({ kind: "created", reservation })));
+    for (const reservation of batch) {
+      const row = await rowOf(reservation.id);
+      expect(row).toEqual({
+        ...reservation,
+        status: "PENDING",
+        scanAt: reservation.executeAt,
+        attempts: 0,
+        lastError: null,
+        createdAt: expect.any(Date),
+        updatedAt: expect.any(Date),
+        grantedAt: null,
+      });
+      expect(Math.abs(row.createdAt.getTime() - Date.now())).toBeLessThan(60_000);
+    }
+  });
+
+  test("stores UTC: the text in the table is the time in UTC", async () => {
+    const reservation = reservationOf({ executeAt: new Date("2029-02-22T13:59:00.123Z") });
+    await createReservations(db.database, [reservation]);
+    expect(
+      await db.query(
+        "select cast(execute_at as char) at, cast(scan_at as char) scan from point_reservations",
+      ),
+    ).toEqual([{ at: "2029-02-22 13:59:00.123", scan: "2029-02-22 13:59:00.123" }]);
+  });
+
+  test("replays the same key with the same content: the first reservation", async () => {
+    const first = reservationOf({ idempotencyKey: "order-42" });
+    const second = { ...first, id: reservationOf().id };
+    await createReservations(db.database, [first]);
+    expect(await createReservations(db.database, [second])).toEqual([
+      { kind: "replayed", reservation: first },
+    ]);
+    expect(await db.query("select id from point_reservations")).toEqual([{ id: first.id }]);
+  });
+
+  test.each<[string, Partial<Reservation>]>([
+    ["user", { userId: "testuser01" }],
+    ["amount", { pointAmount: 101 }],
+    ["time, by a millisecond", { executeAt: midday(1) }],
+  ])("refuses the same key with another %s, and changes nothing", async (_, other) => {
+    const first = reservationOf({ idempotencyKey: "order-42", executeAt: midday() });
+    await createReservations(db.database, [first]);
+    const before = await rowOf(first.id);
+    expect(await createReservations(db.database, [{ ...first, id: reservationOf().id, ...other }])).toEqual([
+      { kind: "conflict" },
+    ]);
+    expect(await rowOf(first.id)).toEqual(before);
+    expect(await db.query("select id from point_reservations")).toHaveLength(1);
+  });
+
+  test("lets a taken key affect only its own reservation, also one taken within the batch", async () => {
+    const taken = reservationOf({ idempotencyKey: "taken" });
+    await createReservations(db.database, [taken]);
+    const first = reservationOf({ idempotencyKey: "twice" });
+    const batch = [
+      reservationOf(),
+      { ...taken, id: reservationOf().id },
+      first,
+      { ...first, id: reservationOf().id },
+      { ...first, id: reservationOf().id, pointAmount: 7 },
+      reservationOf({ idempotencyKey: "taken", userId: "other" }),
+      reservationOf(),
+    ];
+    expect(await createReservations(db.database, batch)).toEqual([
+      { kind: "created", reservation: batch[0] as Reservation },
+      { kind: "replayed", reservation: taken },
+      { kind: "created", reservation: first },
+      { kind: "replayed", reservation: first },
+      { kind: "conflict" },
+      { kind: "conflict" },
+      { kind: "created", reservation: batch[6] as Reservation },
+    ]);
+    expect(await db.query("select id from point_reservations")).toHaveLength(4);
+  });
+
+  test("says created again where the same batch comes again, as after an answer that was lost", async () => {
+    const batch = [reservationOf(), reservationOf()];
+    const outcomes = batch.map((reservation) => ({ kind: "created" as const, reservation }));
+    expect(await createReservations(db.database, batch)).toEqual(outcomes);
+    expect(await createReservations(db.database, batch)).toEqual(outcomes);
+    expect(await db.query("select id from point_reservations")).toHaveLength(2);
+  });
+
+  test("creates each key once where many batches bring the same keys at the same moment, in any order", async () => {
+    const keys = Array.from({ length: 20 }, (_, index) => `key-${index}`);
+    const batchOf = (index: number) => {
+      const batch = keys.map((idempotencyKey) => reservationOf({ idempotencyKey, executeAt: midday() }));
+      return index % 2 === 0 ? batch : batch.reverse();
+    };
+    const outcomes = await Promise.all(
+      Array.from({ length: 10 }, (_, index) => createReservations(db.database, batchOf(index))),
+    );
+    const byKey = Map.groupBy(outcomes.flat(), (outcome) =>
+      outcome.kind === "conflict" ? "conflict" : outcome.reservation.idempotencyKey,
+    );
+    expect([...byKey.keys()].toSorted()).toEqual(keys.toSorted());
+    for (const same of byKey.values()) {
+      expect(same.filter(({ kind }) => kind === "created")).toHaveLength(1);
+      expect(same.filter(({ kind }) => kind === "replayed")).toHaveLength(9);
+      expect(new Set(same.map((outcome) => outcome.kind !== "conflict" && outcome.reservation.id)).size).toBe(
+        1,
+      );
+    }
+    expect(await db.query("select id from point_reservations")).toHaveLength(20);
+  }, 20_000);
+
+  test("takes users and keys that differ only in case for two", async () => {
+    const batch = [
+      reservationOf({ userId: "User1", idempotencyKey: "Order" }),
+      reservationOf({ userId: "user1", idempotencyKey: "order" }),
+    ];
+    expect((await createReservations(db.database, batch)).map(({ kind }) => kind)).toEqual([
+      "created",
+      "created",
+    ]);
+    expect(
+      await db.query("select idempotency_key k from point_reservations where user_id = 'user1'"),
+    ).toEqual([{ k: "order" }]);
+  });
+
+  test("inserts nothing of a batch with a user id that would be cut", async () => {
+    const batch = [reservationOf(), reservationOf({ userId: "x".repeat(21) })];
+    await expect(createReservations(db.database, batch)).rejects.toThrow("ER_DATA_TOO_LONG");
+    expect(await db.query("select id from point_reservations")).toEqual([]);
+  });
+});
+
+describe("findReservation()", () => {
+  test("gives undefined for an id that is not there", async () => {
+    expect(await findReservation(db.database, reservationOf().id)).toBeUndefined();
+  });
+
+  test("tells when it was granted", async () => {
+    const { id, idempotencyKey, userId, pointAmount } = await insertReservation(db, { status: "DONE" });
+    const entry = { id, idempotency_key: idempotencyKey, user_id: userId, point_amount: pointAmount };
+    await db.query("insert into point_transactions set ?", [{ ...entry, created_at: midday(3) }]);
+    expect((await rowOf(id)).grantedAt).toEqual(midday(3));
+  });
+
+  test("does not take another user's ledger entry of the same key for its grant", async () => {
+    const { id, idempotencyKey } = await insertReservation(db, { status: "FAILED" });
+    const entry = { id, idempotency_key: idempotencyKey, user_id: "somebodyElse", point_amount: 1 };
+    await db.query("insert into point_transactions set ?", [entry]);
+    expect((await rowOf(id)).grantedAt).toBeNull();
+  });
+});
+
+describe("claimDue()", () => {
+  test("gives what is due as PROCESSING, with its lateness, and holds it until the lease ends", async () => {
+    const due = await insertDueAt(-1_500);
+    await freezeAt(MIDDAY);
+    expect(await claimDue(frozen, LEASE)).toEqual([{ ...due, lateMs: 1_500 }]);
+    expect(await rowOf(due.id)).toMatchObject({ status: "PROCESSING", scanAt: midday(60_000), attempts: 0 });
+  });
+
+  test("leaves the future alone to the millisecond", async () => {
+    const due = [await insertDueAt(-1), await insertDueAt(0)];
+    const future = await insertDueAt(1);
+    await freezeAt(MIDDAY);
+    expect(idsOf(await claimDue(frozen, LEASE))).toEqual(idsOf(due));
+    expect(await rowOf(future.id)).toMatchObject({ status: "PENDING", scanAt: midday(1) });
+  });
+
+  test("goes by the database's own running clock: due a millisecond ago is taken, due in 10 s is not", async () => {
+    const { id: past } = await insertReservation(db);
+    const { id: future } = await insertReservation(db);
+    await db.query(
+      "update point_reservations set scan_at = now(3) - interval 1000 microsecond where id = ?",
+      [past],
+    );
+    await db.query("update point_reservations set scan_at = now(3) + interval 10 second where id = ?", [
+      future,
+    ]);
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual([past]);
+  });
+
+  test("never takes a row before its time, on a clock that runs", async () => {
+    const ids = await insertMany(300, new Date(Date.now() + 50));
+    const claimed: ClaimedReservation[] = [];
+    await until("all are claimed", async () => {
+      claimed.push(...(await claimDue(db.database, LEASE)));
+      return claimed.length === ids.length;
+    });
+    expect(idsOf(claimed)).toEqual(ids);
+    expect(Math.min(...claimed.map(({ lateMs }) => lateMs))).toBeGreaterThanOrEqual(0);
+  });
+
+  test("takes in the order of scan_at, then of id, up to the limit", async () => {
+    const tied = [await insertDueAt(-5), await insertDueAt(-5), await insertDueAt(-5)];
+    const oldest = await insertDueAt(-7, { scanAt: midday(-6) });
+    const last = await insertDueAt(-9, { scanAt: midday(-1) });
+    const expected = [oldest.id, ...idsOf(tied).toSorted(), last.id];
+    await freezeAt(MIDDAY);
+    const order: string[] = [];
+    for (const limit of [2, 2, 2]) order.push(...idsOf(await claimDue(frozen, { ...LEASE, limit })));
+    expect(order).toEqual(expected);
+    expect(await claimDue(frozen, LEASE)).toEqual([]);
+  });
+
+  test("gives a claim's rows again once its lease has ended, not before", async () => {
+    const over = await insertDueAt(-2_000);
+    await freezeAt(MIDDAY);
+    expect(await claimDue(frozen, { limit: 1, leaseMs: 5_000 })).toHaveLength(1);
+    const open = await insertDueAt(-1_000);
+    expect(await claimDue(frozen, { limit: 1, leaseMs: 5_001 })).toHaveLength(1);
+    expect(await claimDue(frozen, LEASE)).toEqual([]);
+    await freezeAt(midday(5_000).toISOString());
+    expect(await claimDue(frozen, LEASE)).toEqual([{ ...over, lateMs: 0 }]);
+    expect(await rowOf(open.id)).toMatchObject({ scanAt: midday(5_001) });
+  });
+
+  test("gives a row again after a lease of the running clock: its publish never happened", async () => {
+    const { id } = await insertReservation(db);
+    const startedAt = performance.now();
+    expect(idsOf(await claimDue(db.database, { limit: 1, leaseMs: 300 }))).toEqual([id]);
+    await until("the lease ends", async () => (await claimDue(db.database, LEASE)).length === 1);
+    expect(performance.now() - startedAt).toBeGreaterThanOrEqual(299);
+  });
+
+  test("leaves a row that another scheduler holds, and takes those behind it", async () => {
+    const ids = await insertMany(5);
+    await db.database.transaction(async (connection) => {
+      await lockReservations(connection, [ids[0] as string, ids[2] as string]);
+      expect(idsOf(await claimDue(db.database, LEASE))).toEqual(
+        [1, 3, 4].map((index) => ids[index] as string),
+      );
+    });
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual([ids[0] as string, ids[2] as string]);
+  });
+
+  test("locks only what it takes: a second claim, while the first is open, gets the next ones", async () => {
+    const ids = await insertMany(100);
+    const claims = [openClaim(30), openClaim(30), openClaim(30)];
+    const parts = await Promise.all(claims.map(({ claimed }) => claimed));
+    for (const { commit } of claims) commit();
+    await Promise.all(claims.map(({ done }) => done));
+    expect(parts.map(({ length }) => length)).toEqual([30, 30, 30]);
+    expect(new Set(idsOf(parts.flat()))).toEqual(new Set(ids.slice(0, 90)));
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual(ids.slice(90));
+  });
+
+  test("by several schedulers at once gives disjoint sets, each in order, together everything", async () => {
+    const ids = await insertMany(3_000);
+    const position = new Map(ids.map((id, index) => [id, index]));
+    const drain = async (limit: number) => {
+      const scans: number[][] = [];
+      for (;;) {
+        const claimed = await claimDue(db.database, { limit, leaseMs: 60_000 });
+        if (claimed.length === 0) return scans;
+        scans.push(claimed.map(({ id }) => position.get(id) ?? -1));
+      }
+    };
+    const scans = (await Promise.all([70, 110, 130, 170].map(drain))).flat();
+    for (const scan of scans) expect(scan).toEqual(scan.toSorted((a, b) => a - b));
+    expect(scans.flat().toSorted((a, b) => a - b)).toEqual(ids.map((_, index) => index));
+  }, 30_000);
+
+  test("never takes a reservation that is over", async () => {
+    for (const status of ["DONE", "FAILED", "CANCELLED"] as const) await insertDueAt(-1_000, { status });
+    await freezeAt(MIDDAY);
+    expect(await claimDue(frozen, LEASE)).toEqual([]);
+  });
+
+  test.each(RESERVATION_STATUSES)(
+    "can rely on the table: scan_at of %s is null exactly where it is over",
+    async (status) => {
+      const isOpen = status === "PENDING" || status === "PROCESSING";
+      const wrong = insertReservation(db, { status, scanAt: isOpen ? null : midday() });
+      await expect(wrong).rejects.toThrow("MySQL failed with");
+      await insertReservation(db, { status });
+    },
+  );
+
+  test("takes its locks by the index point_reservations_scan_at, and its rows by their ids", async () => {
+    await insertMany(2_500);
+    await db.query("update point_reservations set status = 'DONE', scan_at = null where scan_at % 3 = 0");
+    await db.query("analyze table point_reservations");
+    const [select, update] = await statementsOfClaim(100);
+    const plan = await explain(select);
+    expect(plan).toHaveLength(1);
+    expect(plan[0]).toMatchObject({ key: "point_reservations_scan_at", type: "range" });
+    expect(plan[0]?.Extra ?? "").not.toContain("filesort");
+    const updatePlan = await explain(update);
+    expect(updatePlan).toHaveLength(1);
+    expect(updatePlan[0]).toMatchObject({ key: "PRIMARY", type: "range" });
+  }, 20_000);
+});
+
+type Statement = { sql: string; params: unknown[] };
+
+/** The SELECT and the UPDATE that claimDue() really sends. */
+async function statementsOfClaim(limit: number): Promise<[Statement, Statement]> {
+  const client = await createConnection({ uri: db.url, timezone: "Z" });
+  const statements: Statement[] = [];
+  const logger = { logQuery: (sql: string, params: unknown[]) => statements.push({ sql, params }) };
+  const listening = drizzle({ client: client as never, logger: logger as never });
+  try {
+    const spied: Database = {
+      ...db.database,
+      transaction: (work) => db.database.run((connection) => work({ ...connection, drizzle: listening })),
+    };
+    expect(await claimDue(spied, { limit, leaseMs: 60_000 })).toHaveLength(limit);
+  } finally {
+    await client.end();
+  }
+  expect(statements).toHaveLength(2);
+  return statements as [Statement, Statement];
+}
+
+/** `traditional` gives a table on any server; later versions of MySQL draw a tree unless told. */
+function explain({ sql, params }: Statement) {
+  return db.query<{ key: string | null; type: string; Extra: string | null }>(
+    `explain format=traditional ${sql}`,
+    params,
+  );
+}
+
+describe("msUntilNextScan()", () => {
+  test("gives undefined where nothing waits", async () => {
+    await insertReservation(db, { status: "DONE" });
+    expect(await msUntilNextScan(db.database)).toBeUndefined();
+  });
+
+  test.each([[1_500], [1], [0], [-1], [-2_500]])("gives %d ms to the row that is next", async (offsetMs) => {
+    await insertDueAt(offsetMs);
+    await insertDueAt(offsetMs + 1);
+    await insertDueAt(-10_000, { status: "PROCESSING", scanAt: midday(86_400_000) });
+    await freezeAt(MIDDAY);
+    expect(await msUntilNextScan(frozen)).toBe(offsetMs);
+  });
+});
+
+describe("lockReservations()", () => {
+  test("gives the rows in the order of their ids, due by the database's clock to the millisecond", async () => {
+    const future = await insertDueAt(1);
+    const now = await insertDueAt(0, { status: "PROCESSING" });
+    const past = await insertDueAt(-1, { status: "DONE" });
+    await freezeAt(MIDDAY);
+    const rows = await frozen.transaction((connection) =>
+      lockReservations(connection, [past.id, reservationOf().id, future.id, now.id]),
+    );
+    const expected = [
+      { ...future, status: "PENDING", attempts: 0, isDue: false, lateMs: -1 },
+      { ...now, status: "PROCESSING", attempts: 0, isDue: true, lateMs: 0 },
+      { ...past, status: "DONE", attempts: 0, isDue: true, lateMs: 1 },
+    ] as const;
+    expect(rows).toEqual(expected.toSorted((a, b) => (a.id < b.id ? -1 : 1)));
+  });
+});
+
+describe("lockReservations() holds", () => {
+  test.each([
+    [30, 100],
+    [400, 2_000],
+  ])("no other row than those it is asked for: %d of %d", async (count, all) => {
+    const ids = await insertMany(all);
+    await db.database.transaction(async (connection) => {
+      await lockReservations(connection, ids.slice(0, count));
+      const others = await db.database.transaction((other) =>
+        lockReservations(other, ids.slice(count, 2 * count)),
+      );
+      expect(idsOf(others)).toEqual(ids.slice(count, 2 * count).toSorted());
+      expect(idsOf(await claimDue(db.database, LEASE))).toEqual(ids.slice(count).slice(0, LEASE.limit));
+    });
+  });
+
+  test("its rows until the transaction ends", async () => {
+    const { id } = await insertReservation(db);
+    await db.database.transaction(async (connection) => {
+      await lockReservations(connection, [id]);
+      expect(await claimDue(db.database, LEASE)).toEqual([]);
+    });
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual([id]);
+  });
+});
+
+describe("markDone()", () => {
+  test("ends reservations that are PROCESSING", async () => {
+    const rows = [
+      await insertReservation(db, { status: "PROCESSING" }),
+      await insertReservation(db, { status: "PROCESSING" }),
+    ];
+    await db.database.transaction((connection) => markDone(connection, idsOf(rows)));
+    for (const { id } of rows) expect(await rowOf(id)).toMatchObject({ status: "DONE", scanAt: null });
+  });
+
+  test.each(["PENDING", "DONE", "FAILED", "CANCELLED"] as const)(
+    "throws where one is %s, and the transaction leaves all as they were",
+    async (status) => {
+      const good = await insertReservation(db, { status: "PROCESSING" });
+      const bad = await insertReservation(db, { status });
+      const work = db.database.transaction((connection) => markDone(connection, [good.id, bad.id]));
+      await expect(work).rejects.toThrow("Cannot mark 2 reservations as DONE: 1 were PROCESSING");
+      expect((await rowOf(good.id)).status).toBe("PROCESSING");
+      expect((await rowOf(bad.id)).status).toBe(status);
+    },
+  );
+
+  test("throws where one is not there", async () => {
+    const work = db.database.transaction((connection) => markDone(connection, [reservationOf().id]));
+    await expect(work).rejects.toThrow("Cannot mark 1 reservations as DONE: 0 were PROCESSING");
+  });
+});
+
+describe("markFailed()", () => {
+  test("ends a reservation with its reason, and counts the attempt", async () => {
+    const { id } = await insertReservation(db, { status: "PROCESSING" });
+    await db.database.run((connection) => markFailed(connection, id, { reason: "残高 out of range" }));
+    expect(await rowOf(id)).toMatchObject({
+      status: "FAILED",
+      scanAt: null,
+      attempts: 1,
+      lastError: "残高 out of range",
+    });
+  });
+
+  test("cuts a reason that is longer than its column", async () => {
+    const { id } = await insertReservation(db, { status: "PROCESSING" });
+    await db.database.run((connection) => markFailed(connection, id, { reason: "あ".repeat(501) }));
+    expect((await rowOf(id)).lastError).toBe("あ".repeat(500));
+  });
+});
+
+describe("scheduleRetry()", () => {
+  test("keeps the reservation PROCESSING until the next try, with its reason", async () => {
+    const { id } = await insertDueAt(-1_000, { status: "PROCESSING" });
+    await freezeAt(MIDDAY);
+    for (const retryInMs of [1, 3_600_000]) {
+      await frozen.run((connection) =>
+        scheduleRetry(connection, id, { reason: `after ${retryInMs}`, retryInMs }),
+      );
+    }
+    expect(await rowOf(id)).toMatchObject({
+      status: "PROCESSING",
+      scanAt: midday(3_600_000),
+      attempts: 2,
+      lastError: "after 3600000",
+    });
+  });
+});
+
+test.each(["PENDING", "DONE", "FAILED", "CANCELLED"] as const)(
+  "markFailed() and scheduleRetry() leave a reservation alone that is %s",
+  async (status) => {
+    const { id } = await insertReservation(db, { status });
+    const before = await rowOf(id);
+    await db.database.run(async (connection) => {
+      await markFailed(connection, id, { reason: "late" });
+      await scheduleRetry(connection, id, { reason: "late", retryInMs: 1 });
+    });
+    expect(await rowOf(id)).toEqual(before);
+  },
+);
