@@ -176,10 +176,14 @@ export async function startService(
     },
   };
   if (waitForPort) {
-    service.url = await until(`${entry} serves its port: ${text}`, () => {
-      if (child.exitCode !== null) throw new Error(`${entry} exited with ${child.exitCode}: ${text}`);
+    service.url = await until(`${entry} serves its port`, () => {
+      if (child.exitCode !== null) throw new Error(`${entry} exited with ${child.exitCode}`);
       const url = log().find((line) => typeof line.url === "string")?.url;
       return typeof url === "string" && url.replace(/\/$/, "");
+    }).catch(async (error) => {
+      // Nobody gets to know this process, so nobody else would end it.
+      await service.kill("SIGKILL");
+      throw new Error(`${error.message}; its log: ${text}`);
     });
   }
   return service;

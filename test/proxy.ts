@@ -1,0 +1,196 @@
+import { connect, createServer, type Socket } from "node:net";
+import { freePorts } from "../lib/dev/servers.ts";
+
+/** Where a client's command is caught: before the server has it, once the server has it, or with its answer in hand. */
+export type Moment = "unsent" | "sent" | "answered";
+
+export interface Trap {
+  /** Matches the text of a command: a statement of SQL, or `basic.publish`, `basic.ack` and other names of AMQP. */
+  command: RegExp;
+  moment: Moment;
+  /** Called once. Nothing passes on that connection any more, in either direction. */
+  spring: () => void;
+}
+
+/** Stands between a client and a real server, and breaks what a network breaks. */
+export interface TcpProxy {
+  /** The server's URL, but through the proxy. */
+  url: string;
+  /** The connections that are open. */
+  connections(): number;
+  /** Ends every connection; new ones come through. */
+  cut(): void;
+  /** Like a server that is down: ends every connection, and takes no new ones. */
+  refuse(): Promise<void>;
+  /** Like a dead peer: takes connections and bytes, and passes nothing on. */
+  hold(): void;
+  /** All is well again, on new connections. */
+  serve(): Promise<void>;
+  /** Sends bytes to every client as if the server had. */
+  inject(bytes: Uint8Array): void;
+  /** Sets a trap for the next command that matches. */
+  trap(trap: Trap): void;
+  close(): Promise<void>;
+}
+
+interface Command {
+  bytes: Buffer;
+  text: string;
+}
+
+/** Starts a proxy to the server of a MySQL or AMQP URL, on a free port. */
+export async function startProxy(target: string, { serving = true } = {}): Promise<TcpProxy> {
+  const { hostname, port: targetPort, protocol } = new URL(target);
+  const isAmqp = protocol.startsWith("amqp");
+  const [port = 0] = await freePorts(1);
+  const pairs = new Set<{ client: Socket; server: Socket }>();
+  let held = false;
+  let trap: Trap | undefined;
+
+  const listener = createServer((client) => {
+    const server = connect({ host: hostname, port: Number(targetPort) });
+    const pair = { client, server };
+    pairs.add(pair);
+    let caught = false;
+    let awaited: Trap | undefined;
+    const split = splitCommands(isAmqp ? amqpCommand : mysqlCommand);
+
+    function spring(sprung: Trap) {
+      caught = true;
+      sprung.spring();
+    }
+    client.on("data", (chunk: Buffer) => {
+      if (held || caught) return;
+      for (const { bytes, text } of split(chunk)) {
+        const matching = trap?.command.test(text) ? trap : undefined;
+        if (matching) trap = undefined;
+        if (matching?.moment === "unsent") return spring(matching);
+        if (matching?.moment === "answered") awaited = matching;
+        if (matching?.moment === "sent") return server.write(bytes, () => spring(matching));
+        server.write(bytes);
+      }
+    });
+    server.on("data", (chunk) => {
+      if (awaited && !caught) spring(awaited);
+      if (!held && !caught) client.write(chunk);
+    });
+    // end() and not destroy(): what was passed on before one side went arrives at the other.
+    client.on("close", () => {
+      pairs.delete(pair);
+      server.end();
+    });
+    server.on("close", () => client.end());
+    for (const socket of [client, server]) {
+      socket.setNoDelay(true);
+      socket.on("error", () => socket.destroy());
+    }
+  });
+
+  const proxied = new URL(target);
+  proxied.hostname = "127.0.0.1";
+  proxied.port = String(port);
+
+  function cut() {
+    for (const { client, server } of pairs) {
+      client.destroy();
+      server.destroy();
+    }
+    pairs.clear();
+  }
+  function listen(): Promise<void> {
+    if (listener.listening) return Promise.resolve();
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    listener.once("error", reject);
+    listener.listen(port, "127.0.0.1", () => resolve());
+    return promise;
+  }
+  async function refuse() {
+    const closed = listener.listening && new Promise((resolve) => listener.close(resolve));
+    cut();
+    await closed;
+  }
+  if (serving) await listen();
+
+  return {
+    url: proxied.href,
+    connections: () => pairs.size,
+    cut,
+    refuse,
+    hold() {
+      held = true;
+    },
+    async serve() {
+      held = false;
+      cut();
+      await listen();
+    },
+    inject(bytes) {
+      for (const { client } of pairs) client.write(bytes);
+    },
+    trap(next) {
+      trap = next;
+    },
+    close: refuse,
+  };
+}
+
+type ReadCommand = (bytes: Buffer) => { length: number; text: () => string } | undefined;
+
+/** Gathers a client's bytes, and gives them back in whole packets. */
+function splitCommands(read: ReadCommand): (chunk: Buffer) => Command[] {
+  let rest: Buffer = Buffer.alloc(0);
+  return (chunk) => {
+    rest = Buffer.concat([rest, chunk]);
+    const commands: Command[] = [];
+    for (;;) {
+      const command = read(rest);
+      if (!command || rest.length < command.length) return commands;
+      commands.push({ bytes: rest.subarray(0, command.length), text: command.text() });
+      rest = rest.subarray(command.length);
+    }
+  };
+}
+
+const COM_QUERY = 3;
+
+/** https://dev.mysql.com/doc/dev/mysql-server/latest/page_protocol_com_query.html */
+function mysqlCommand(bytes: Buffer) {
+  if (bytes.length < 4) return undefined;
+  const length = 4 + bytes.readUIntLE(0, 3);
+  return {
+    length,
+    text() {
+      if (bytes[3] !== 0 || bytes[4] !== COM_QUERY) return "";
+      const text = bytes.toString("latin1", 5, length);
+      // MySQL's own clients send query attributes first: how many, in bytes that are no letters.
+      return text.slice(text.search(/[a-z]/i));
+    },
+  };
+}
+
+const PROTOCOL_HEADER = 8;
+const AMQP_NAMES: Record<string, string> = { "60.40": "basic.publish", "60.80": "basic.ack" };
+
+/** AMQP 0-9-1: frames of type, channel, size, payload and an end byte. */
+function amqpCommand(bytes: Buffer) {
+  if (bytes.length < PROTOCOL_HEADER) return undefined;
+  const isHeader = bytes.toString("latin1", 0, 4) === "AMQP";
+  return {
+    length: isHeader ? PROTOCOL_HEADER : PROTOCOL_HEADER + bytes.readUInt32BE(3),
+    text() {
+      if (isHeader || bytes[0] !== 1) return "";
+      const method = `${bytes.readUInt16BE(7)}.${bytes.readUInt16BE(9)}`;
+      return AMQP_NAMES[method] ?? method;
+    },
+  };
+}
+
+/** The frame with which RabbitMQ says that it takes no messages now (`connection.blocked`), or takes them again. */
+export function blockedFrame(blocked: boolean): Uint8Array {
+  const reason = Buffer.from("test");
+  const payload = blocked
+    ? Buffer.concat([Buffer.from([0, 10, 0, 60, reason.length]), reason])
+    : Buffer.from([0, 10, 0, 61]);
+  const head = Buffer.from([1, 0, 0, 0, 0, 0, payload.length]);
+  return Buffer.concat([head, payload, Buffer.from([0xce])]);
+}
