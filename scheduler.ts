@@ -1,7 +1,7 @@
 import type { Logger } from "pino";
 import { readConfig, type Settings } from "./lib/config.ts";
 import { checkDurability, type Database, openDatabase } from "./lib/database.ts";
-import { runLoop } from "./lib/loop.ts";
+import { runLoop, sleep } from "./lib/loop.ts";
 import { encodeMessage } from "./lib/message.ts";
 import { openQueue, type Queue } from "./lib/queue.ts";
 import { type ClaimedReservation, claimDue, msUntilNextScan } from "./lib/reservation_repository.ts";
@@ -17,6 +17,8 @@ import { checkSchema } from "./sql/migrate.ts";
 
 /** How soon to look again while the queue is deep. */
 const BACK_PRESSURE_MS = 200;
+/** How long a scan under way may take after a signal, in milliseconds. */
+const STOP_MS = 5_000;
 /** The shortest sleep: rows that are due but held by another scheduler or worker must not make a hot loop. */
 const MIN_SLEEP_MS = 20;
 
@@ -122,15 +124,15 @@ if (import.meta.main) {
         });
         queue = opened;
         await Promise.race([connected.promise, aborted(signal)]);
-        await runLoop(() => scanAndPublish({ database, queue: opened, logger, config }), {
+        const scanning = runLoop(() => scanAndPublish({ database, queue: opened, logger, config }), {
           signal,
           onFailure: (error, retryInMs) =>
             logger.warn({ error: describeError(error), retryInMs }, "scan failed"),
         });
-        await opened.close();
+        // A step that hangs is left to the lease of what it had claimed.
+        await Promise.race([scanning, aborted(signal).then(() => sleep(STOP_MS))]);
       }
-      await database.close();
-      await health.stop();
+      await Promise.all([queue?.close(), database.close(), health.stop()]);
     },
   });
 }

@@ -31,8 +31,8 @@ import { checkSchema } from "./sql/migrate.ts";
 
 /** Waits between the attempts of a reservation that fails for a reason of its own: 1 s, 2 s, 4 s … 1 h. */
 const RETRY = { baseMs: 2_000, maxMs: 3_600_000 };
-/** How long a worker that was told to stop grants what it holds; the rest goes back to the queue. */
-const STOP_MS = 5_000;
+/** How long a worker that was told to stop grants what it holds, in milliseconds; the rest goes back to the queue. */
+const STOP_MS = 4_000;
 /** Unacknowledged reservations that wait in memory; prefetch keeps them far fewer. */
 const MAX_WAITING = 1_000_000;
 
@@ -240,10 +240,8 @@ if (import.meta.main) {
         });
         await aborted(signal);
         await queue.stop(STOP_MS);
-        await queue.close();
       }
-      await database.close();
-      await health.stop();
+      await Promise.all([queue?.close(), database.close(), health.stop()]);
     },
   });
 }

@@ -218,7 +218,10 @@ export async function markFailed(
     .where(and(eq(reservations.id, id), eq(reservations.status, "PROCESSING")));
 }
 
-/** PROCESSING → PROCESSING, to be claimed again after `retryInMs`: the row is the retry queue. */
+/**
+ * PROCESSING → PENDING, to be claimed again after `retryInMs`: the row is the retry queue. Not PROCESSING, or a duplicate
+ * of its message would try it before its time and use up its attempts.
+ */
 export async function scheduleRetry(
   { drizzle }: Connection,
   id: string,
@@ -227,6 +230,7 @@ export async function scheduleRetry(
   await drizzle
     .update(reservations)
     .set({
+      status: "PENDING",
       scanAt: inMs(retryInMs),
       attempts: sql`${reservations.attempts} + 1`,
       lastError: reason.slice(0, 500),

@@ -525,21 +525,20 @@ describe("markFailed()", () => {
 });
 
 describe("scheduleRetry()", () => {
-  test("keeps the reservation PROCESSING until the next try, with its reason", async () => {
-    const { id } = await insertDueAt(-1_000, { status: "PROCESSING" });
-    await freezeAt(MIDDAY);
-    for (const retryInMs of [1, 3_600_000]) {
-      await frozen.run((connection) =>
-        scheduleRetry(connection, id, { reason: `after ${retryInMs}`, retryInMs }),
-      );
-    }
-    expect(await rowOf(id)).toMatchObject({
-      status: "PROCESSING",
-      scanAt: midday(3_600_000),
-      attempts: 2,
-      lastError: "after 3600000",
-    });
-  });
+  test.each([1, 3_600_000])(
+    "makes the reservation wait %d ms for its next try, with the reason",
+    async (retryInMs) => {
+      const { id } = await insertDueAt(-1_000, { status: "PROCESSING" });
+      await freezeAt(MIDDAY);
+      await frozen.run((connection) => scheduleRetry(connection, id, { reason: "no luck", retryInMs }));
+      expect(await rowOf(id)).toMatchObject({
+        status: "PENDING",
+        scanAt: midday(retryInMs),
+        attempts: 1,
+        lastError: "no luck",
+      });
+    },
+  );
 });
 
 test.each(["PENDING", "DONE", "FAILED", "CANCELLED"] as const)(

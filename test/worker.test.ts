@@ -5,7 +5,7 @@ import { decodeMessage, encodeMessage, type ReservationMessage } from "../lib/me
 import { findBalance, reconcile } from "../lib/point_repository.ts";
 import type { Outcome } from "../lib/queue.ts";
 import type { Reservation } from "../lib/reservation.ts";
-import { findReservation } from "../lib/reservation_repository.ts";
+import { claimDue, findReservation } from "../lib/reservation_repository.ts";
 import { processMessages } from "../worker.ts";
 import {
   createTestDatabase,
@@ -244,7 +244,7 @@ describe("processMessages() with a row that fails for a reason of its own", () =
     const [cursed, innocent] = [await insertClaimed({ userId: CURSED }), await insertClaimed()];
     expect(await work([messageOf(cursed, innocent)])).toEqual(["ack"]);
     const { status, attempts, lastError } = await story(cursed);
-    expect({ status, attempts }).toEqual({ status: "PROCESSING", attempts: 1 });
+    expect({ status, attempts }).toEqual({ status: "PENDING", attempts: 1 });
     expect(lastError).toMatch(/^MySQL failed with ER_/);
     expect(await waitMs(cursed)).toBeGreaterThan(500);
     expect(await waitMs(cursed)).toBeLessThanOrEqual(2_000);
@@ -258,8 +258,12 @@ describe("processMessages() with a row that fails for a reason of its own", () =
     const waits: number[] = [];
     for (let attempt = 1; attempt < 4; attempt++) {
       await work([messageOf(cursed)], { maxAttempts: 4 });
-      expect(await story(cursed)).toMatchObject({ status: "PROCESSING", attempts: attempt });
+      expect(await story(cursed)).toMatchObject({ status: "PENDING", attempts: attempt });
       waits.push(await waitMs(cursed));
+      // A duplicate before its time is no attempt.
+      expect(await work([messageOf(cursed)], { maxAttempts: 4 })).toEqual(["ack"]);
+      expect(await story(cursed)).toMatchObject({ status: "PENDING", attempts: attempt });
+      await claimAgain(cursed);
     }
     for (const [index, waitedMs] of waits.entries()) {
       expect(waitedMs).toBeGreaterThan(2 ** index * 1_000 - 500);
@@ -273,6 +277,13 @@ describe("processMessages() with a row that fails for a reason of its own", () =
     expect(await story(cursed)).toMatchObject({ status: "FAILED", attempts: 4 });
     expect(await ledgerOf({ userId: CURSED })).toHaveLength(0);
   });
+
+  /** As the scheduler does when the time of the next attempt has come. */
+  async function claimAgain({ id }: Reservation): Promise<void> {
+    await db.query("update point_reservations set scan_at = utc_timestamp(3) where id = ?", [id]);
+    const claimed = await claimDue(db.database, { limit: 100, leaseMs: 60_000 });
+    expect(claimed.map((reservation) => reservation.id)).toContain(id);
+  }
 
   /** How long until the next attempt, by the database's clock. */
   async function waitMs({ id }: Reservation): Promise<number> {
