@@ -5,7 +5,7 @@ import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { coalesce, OverloadError } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
-import { checkDurability, type Database, DatabaseError, openDatabase } from "./lib/database.ts";
+import { type Database, DatabaseError, openDatabase } from "./lib/database.ts";
 import { DomainError, type DomainErrorCode, ForeseenError, showValue } from "./lib/errors.ts";
 import { withDeadline } from "./lib/loop.ts";
 import { PointAmount, parseUserId, UserId } from "./lib/point.ts";
@@ -24,15 +24,22 @@ import {
   isReadyInTime,
   listen,
   pingDatabase,
+  problem,
   runService,
+  titleOf,
   waitForDatabase,
 } from "./lib/service.ts";
 import { version } from "./package.json" with { type: "json" };
-import { checkSchema } from "./sql/migrate.ts";
+import { checkDatabase } from "./sql/migrate.ts";
 
 const MAX_BODY_BYTES = 64 * 1024;
 /** Requests that wait for an INSERT; more are refused with 503, since their answers would come too late. */
 const MAX_WAITING = 10_000;
+/** After this long a request is refused with 503 if no INSERT has taken it, in milliseconds. */
+const MAX_WAIT_MS = 5_000;
+/** How long MySQL may take for an INSERT or a SELECT, in milliseconds: clients have less patience than a worker. */
+const ACQUIRE_MS = 3_000;
+const WORK_MS = 5_000;
 /** How long open requests may take after a signal, in milliseconds. */
 const STOP_MS = 5_000;
 
@@ -56,17 +63,6 @@ const STATUS: Partial<Record<DomainErrorCode, number>> = {
   NOT_FOUND: 404,
   IDEMPOTENCY_CONFLICT: 422,
 };
-const TITLES: Record<number, string> = {
-  400: "Bad Request",
-  404: "Not Found",
-  405: "Method Not Allowed",
-  413: "Content Too Large",
-  415: "Unsupported Media Type",
-  422: "Unprocessable Content",
-  500: "Internal Server Error",
-  503: "Service Unavailable",
-};
-
 /** RFC 9457. `errors` has one sentence for each broken rule. */
 const Problem = Type.Object({
   type: Type.String({ examples: ["about:blank"] }),
@@ -119,10 +115,12 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
   const reserve = coalesce((batch: Reservation[]) => createReservations(database, batch), {
     maxBatch: reserveBatch,
     maxWaiting: MAX_WAITING,
+    maxWaitMs: MAX_WAIT_MS,
   });
 
   const routes: { method: string; path: string }[] = [];
-  const app = new Elysia()
+  // Without it a host of three characters is taken for a part of the path.
+  const app = new Elysia({ handler: { standardHostname: false } })
     // Before the routes: a handler that is registered after them does not fire.
     .onError({ as: "global" }, ({ error, request }) =>
       // Not by `code`, which Elysia takes from any error that has one: a DomainError's NOT_FOUND is another thing.
@@ -146,7 +144,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       "/ready",
       async () => {
         if (await isReadyInTime(() => pingDatabase(database).then(() => true))) return ok();
-        throw new HttpError(503, "not ready", "MySQL does not answer", { "retry-after": "1" });
+        return notReady();
       },
       describe("MySQL answers", { 200: Messages, 503: Problem }),
     )
@@ -254,11 +252,19 @@ function notFound(sentence: string, explanation: string): DomainError {
   return new DomainError("NOT_FOUND", "There is no such thing", [{ sentence, explanation }]);
 }
 
+function isHealth(request: Request): boolean {
+  return /^\/(health\/?)?$/.test(new URL(request.url).pathname);
+}
+
+function notReady(): Response {
+  return problem(503, "MySQL does not answer", { errors: ["not ready"], headers: { "retry-after": "1" } });
+}
+
 /** What OpenAPI tells of a route. */
 function describe(summary: string, answers: Record<number, unknown>) {
   const responses = Object.entries(answers).map(([status, schema]) => {
     const type = Number(status) < 400 ? "application/json" : "application/problem+json";
-    const description = Number(status) < 400 ? summary : (TITLES[Number(status)] ?? "Error");
+    const description = Number(status) < 400 ? summary : titleOf(Number(status));
     return [status, { description, content: { [type]: { schema: schema as never } } }];
   });
   return { detail: { summary, responses: Object.fromEntries(responses) } };
@@ -280,18 +286,23 @@ async function readJson(request: Request): Promise<unknown> {
       `The body must be application/json in UTF-8, not compressed: received content-type ${showValue(type)}, content-encoding ${showValue(encoding)}`,
     );
   }
+  const tooLarge = new HttpError(
+    413,
+    "body is too large",
+    `The body must not be larger than ${MAX_BODY_BYTES} bytes`,
+  );
+  if (Number(request.headers.get("content-length")) > MAX_BODY_BYTES) throw tooLarge;
   const chunks: Uint8Array[] = [];
   let bytes = 0;
-  for await (const chunk of request.body ?? []) {
-    bytes += chunk.byteLength;
-    if (bytes > MAX_BODY_BYTES) {
-      throw new HttpError(
-        413,
-        "body is too large",
-        `The body must not be larger than ${MAX_BODY_BYTES} bytes`,
-      );
+  try {
+    for await (const chunk of request.body ?? []) {
+      bytes += chunk.byteLength;
+      if (bytes > MAX_BODY_BYTES) throw tooLarge;
+      chunks.push(chunk);
     }
-    chunks.push(chunk);
+  } catch (error) {
+    if (error === tooLarge) throw error;
+    throw new HttpError(400, "body is incomplete", `The body broke off after ${bytes} bytes`);
   }
   try {
     return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(Buffer.concat(chunks)));
@@ -334,7 +345,9 @@ function problemOf(error: unknown, logger: Logger): Response {
     return problem(status, detail, { errors: rules.map(({ sentence }) => sentence) });
   }
   const requestId = uuidv7();
-  const isBusy = error instanceof OverloadError || (error instanceof DatabaseError && error.isOutage);
+  const isBusy =
+    error instanceof OverloadError ||
+    (error instanceof DatabaseError && (error.isOutage || error.isContended));
   logger[isBusy ? "warn" : "error"]({ requestId, error: describeError(error) }, "request failed");
   const headers = { "x-request-id": requestId, ...(isBusy && { "retry-after": "1" }) };
   return isBusy
@@ -354,25 +367,6 @@ function problemOf(error: unknown, logger: Logger): Response {
       });
 }
 
-function problem(
-  status: number,
-  detail: string,
-  { errors, headers, requestId }: { errors: string[]; headers?: Record<string, string>; requestId?: string },
-): Response {
-  const body = {
-    type: "about:blank",
-    title: TITLES[status] ?? "Error",
-    status,
-    detail,
-    errors,
-    ...(requestId && { request_id: requestId }),
-  };
-  return new Response(JSON.stringify(body), {
-    status,
-    headers: { ...headers, "content-type": "application/problem+json" },
-  });
-}
-
 if (import.meta.main) {
   await runService({
     name: "api",
@@ -387,18 +381,24 @@ if (import.meta.main) {
         "LOG_LEVEL",
       ]),
     async main({ config, logger, signal }) {
-      const database = openDatabase(config.DATABASE_URL, { connections: config.DATABASE_CONNECTIONS });
-      async function checkDatabase() {
-        await checkSchema(database);
-        if (!config.ALLOW_LOSSY_DATABASE) await checkDurability(database);
-      }
-      if (await waitForDatabase(checkDatabase, { signal, logger })) {
-        const app = createApp({ database, logger, reserveBatch: config.RESERVE_BATCH });
-        const server = listen({ hostname: config.HOST, port: config.PORT, fetch: app.fetch });
-        logger.info({ url: server.url.href }, "listening");
-        await aborted(signal);
-        await withDeadline(server.stop(), STOP_MS, () => new Error("late")).catch(() => server.stop(true));
-      }
+      const database = openDatabase(config.DATABASE_URL, {
+        connections: config.DATABASE_CONNECTIONS,
+        acquireMs: ACQUIRE_MS,
+        workMs: WORK_MS,
+      });
+      const app = createApp({ database, logger, reserveBatch: config.RESERVE_BATCH });
+      let isChecked = false;
+      const server = listen({
+        hostname: config.HOST,
+        port: config.PORT,
+        logger,
+        // The process lives before MySQL does, and says so; it promises nothing before MySQL is checked.
+        fetch: (request) => (isChecked || isHealth(request) ? app.fetch(request) : notReady()),
+      });
+      isChecked = await waitForDatabase(() => checkDatabase(database, config), { signal, logger });
+      if (isChecked) logger.info({ url: server.url.href }, "listening");
+      await aborted(signal);
+      await withDeadline(server.stop(), STOP_MS, () => new Error("late")).catch(() => server.stop(true));
       await database.close();
     },
   });

@@ -1,6 +1,6 @@
 import type { Logger } from "pino";
 import { readConfig, type Settings } from "./lib/config.ts";
-import { checkDurability, type Database, openDatabase } from "./lib/database.ts";
+import { type Database, openDatabase } from "./lib/database.ts";
 import { runLoop, sleep } from "./lib/loop.ts";
 import { encodeMessage } from "./lib/message.ts";
 import { openQueue, type Queue } from "./lib/queue.ts";
@@ -13,7 +13,7 @@ import {
   serveHealth,
   waitForDatabase,
 } from "./lib/service.ts";
-import { checkSchema } from "./sql/migrate.ts";
+import { checkDatabase } from "./sql/migrate.ts";
 
 /** How soon to look again while the queue is deep. */
 const BACK_PRESSURE_MS = 200;
@@ -55,7 +55,7 @@ export async function scanAndPublish({ database, queue, logger, config }: ScanOp
         claimed: claimed.length,
         messages: messages.length,
         confirmed,
-        maxLateMs: Math.max(...claimed.map(({ lateMs }) => lateMs)),
+        maxScanLateMs: Math.max(...claimed.map(({ lateMs }) => lateMs)),
         tookMs: Math.round(performance.now() - startedAt),
       },
       confirmed === messages.length ? "published" : "not all confirmed; their leases bring them again",
@@ -104,14 +104,7 @@ if (import.meta.main) {
           return queue?.isReady() ?? false;
         },
       });
-      const isUp = await waitForDatabase(
-        async () => {
-          await checkSchema(database);
-          if (!config.ALLOW_LOSSY_DATABASE) await checkDurability(database);
-        },
-        { signal, logger },
-      );
-      if (isUp) {
+      if (await waitForDatabase(() => checkDatabase(database, config), { signal, logger })) {
         const connected = Promise.withResolvers<void>();
         const opened = openQueue(config.AMQP_URL, {
           name: config.QUEUE,

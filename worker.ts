@@ -1,13 +1,7 @@
 import type { Logger } from "pino";
 import { coalesce } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
-import {
-  type Connection,
-  checkDurability,
-  type Database,
-  DatabaseError,
-  openDatabase,
-} from "./lib/database.ts";
+import { type Connection, type Database, DatabaseError, openDatabase } from "./lib/database.ts";
 import { backoffMs } from "./lib/loop.ts";
 import { decodeMessage, type ReservationMessage } from "./lib/message.ts";
 import { addPointsIdempotent, findLedgerEntry } from "./lib/point_repository.ts";
@@ -27,14 +21,14 @@ import {
   serveHealth,
   waitForDatabase,
 } from "./lib/service.ts";
-import { checkSchema } from "./sql/migrate.ts";
+import { checkDatabase } from "./sql/migrate.ts";
 
-/** Waits between the attempts of a reservation that fails for a reason of its own: 1 s, 2 s, 4 s … 1 h. */
+/** Waits between the attempts of a reservation that fails for a reason of its own: 1 to 2 s, 2 to 4 s … up to 1 h. */
 const RETRY = { baseMs: 2_000, maxMs: 3_600_000 };
 /** How long a worker that was told to stop grants what it holds, in milliseconds; the rest goes back to the queue. */
 const STOP_MS = 4_000;
-/** Unacknowledged reservations that wait in memory; prefetch keeps them far fewer. */
-const MAX_WAITING = 1_000_000;
+/** How long one batch may be granted one by one, in milliseconds; the rest is left to its lease. */
+const ONE_BY_ONE_MS = 20_000;
 
 /**
  * What became of a reservation that a message named:
@@ -42,9 +36,10 @@ const MAX_WAITING = 1_000_000;
  * - `over`: it was DONE, FAILED or CANCELLED before
  * - `not_due`: it is not claimed, or its time has not come; the scheduler brings it when it has
  * - `failed`: refused for good, or to be tried again; the row says why
+ * - `busy`: somebody holds a lock on what it needs; its lease brings it again, and no attempt is counted
  * - `unknown`: there is no such row
  */
-type Verdict = "granted" | "over" | "not_due" | "failed" | "unknown";
+type Verdict = "granted" | "over" | "not_due" | "failed" | "busy" | "unknown";
 
 export interface GrantOptions {
   database: Database;
@@ -81,8 +76,8 @@ export async function processMessages(
 
 interface Granted {
   verdicts: Map<string, Verdict>;
-  /** The longest time between `execute_at` and the grant, in milliseconds. */
-  maxLateMs: number;
+  /** The longest time between `execute_at` and the grant, in milliseconds; not known of grants one by one. */
+  maxLateMs?: number;
 }
 
 async function grant(ids: readonly string[], options: GrantOptions): Promise<Granted> {
@@ -90,12 +85,21 @@ async function grant(ids: readonly string[], options: GrantOptions): Promise<Gra
     return await options.database.transaction((connection) => grantTogether(connection, ids));
   } catch (error) {
     if (!(error instanceof DatabaseError) || error.isOutage) throw error;
-    // One row is at fault: alone, each of the others is granted.
+    // One row is at fault, or locked: alone, each of the others is granted.
     options.logger.warn({ error: describeError(error), count: ids.length }, "granting one by one");
-    const verdicts = new Map<string, Verdict>();
-    for (const id of ids) verdicts.set(id, await grantAlone(id, options));
-    return { verdicts, maxLateMs: 0 };
+    return { verdicts: await grantOneByOne(ids, options) };
   }
+}
+
+async function grantOneByOne(ids: readonly string[], options: GrantOptions): Promise<Map<string, Verdict>> {
+  const verdicts = new Map<string, Verdict>();
+  // Users whose balance was found locked: nobody waits for the same lock twice.
+  const lockedUsers = new Set<string>();
+  const end = performance.now() + ONE_BY_ONE_MS;
+  for (const id of ids) {
+    verdicts.set(id, performance.now() < end ? await grantAlone(id, lockedUsers, options) : "busy");
+  }
+  return verdicts;
 }
 
 async function grantTogether(connection: Connection, ids: readonly string[]): Promise<Granted> {
@@ -119,12 +123,15 @@ function refuse(row: LockedReservation): Verdict | undefined {
   return row.status === "PENDING" ? "not_due" : "over";
 }
 
-async function grantAlone(id: string, options: GrantOptions): Promise<Verdict> {
+async function grantAlone(id: string, lockedUsers: Set<string>, options: GrantOptions): Promise<Verdict> {
+  let userId: string | undefined;
   try {
     return await options.database.transaction(async (connection) => {
       const [row] = await lockReservations(connection, [id]);
       const refused = row ? refuse(row) : "unknown";
       if (!row || refused) return refused ?? "unknown";
+      userId = row.userId;
+      if (lockedUsers.has(userId)) return "busy";
       const entry = await findLedgerEntry(connection, row.idempotencyKey);
       if (entry && (entry.userId !== row.userId || entry.pointAmount !== row.pointAmount)) {
         const reason = `The ledger has the idempotency key already, with other content: entry ${entry.id}`;
@@ -136,13 +143,16 @@ async function grantAlone(id: string, options: GrantOptions): Promise<Verdict> {
     });
   } catch (error) {
     if (!(error instanceof DatabaseError) || error.isOutage) throw error;
-    return recordFailure(id, error, options);
+    if (!error.isContended) return recordFailure(id, error, options);
+    if (userId !== undefined) lockedUsers.add(userId);
+    options.logger.warn({ reservation: id, error: describeError(error) }, "locked by somebody else");
+    return "busy";
   }
 }
 
 /** Counts an attempt. It takes a write to MySQL, so that no outage of MySQL can end a reservation. */
 async function recordFailure(id: string, error: DatabaseError, options: GrantOptions): Promise<Verdict> {
-  return options.database.transaction(async (connection) => {
+  return options.database.transaction<Verdict>(async (connection) => {
     const [row] = await lockReservations(connection, [id]);
     const refused = row ? refuse(row) : "unknown";
     if (!row || refused) return refused ?? "unknown";
@@ -215,11 +225,7 @@ if (import.meta.main) {
           return queue?.isReady() ?? false;
         },
       });
-      async function checkDatabase() {
-        await checkSchema(database);
-        if (!config.ALLOW_LOSSY_DATABASE) await checkDurability(database);
-      }
-      if (await waitForDatabase(checkDatabase, { signal, logger })) {
+      if (await waitForDatabase(() => checkDatabase(database, config), { signal, logger })) {
         queue = openQueue(config.AMQP_URL, {
           name: config.QUEUE,
           onConnected: () => logger.info({ queue: config.QUEUE }, "consuming"),
@@ -228,7 +234,8 @@ if (import.meta.main) {
         const grantCoalesced = coalesce(
           (messages: ReservationMessage[][]) =>
             processMessages(messages, { database, logger, maxAttempts: config.MAX_ATTEMPTS }),
-          { maxBatch: config.WORKER_BATCH, maxWaiting: MAX_WAITING, weight: (message) => message.length },
+          // What waits is bounded by the prefetch.
+          { maxBatch: config.WORKER_BATCH, weight: (message) => message.length },
         );
         queue.consume({
           prefetch: config.WORKER_PREFETCH,

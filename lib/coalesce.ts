@@ -3,8 +3,10 @@ import { ForeseenError } from "./errors.ts";
 export interface CoalesceOptions<T> {
   /** The most that one call may carry: items, or the sum of their weights. One item alone may weigh more. */
   maxBatch: number;
-  /** The most that may wait for a call; one more is refused with `OverloadError`. */
-  maxWaiting: number;
+  /** The most that may wait for a call; one more is refused with `OverloadError`. No limit unless told. */
+  maxWaiting?: number;
+  /** The longest wait for a call, in milliseconds; who waited longer is refused with `OverloadError` and not handed over. */
+  maxWaitMs?: number;
   /** What an item counts, 1 unless told. */
   weight?: (item: T) => number;
 }
@@ -22,9 +24,14 @@ export class OverloadError extends ForeseenError {
  */
 export function coalesce<T, R>(
   call: (items: T[]) => Promise<R[]>,
-  { maxBatch, maxWaiting, weight = () => 1 }: CoalesceOptions<T>,
+  { maxBatch, maxWaiting = Infinity, maxWaitMs = Infinity, weight = () => 1 }: CoalesceOptions<T>,
 ): (item: T) => Promise<R> {
-  const waiting: { item: T; resolve: (result: R) => void; reject: (error: unknown) => void }[] = [];
+  const waiting: {
+    item: T;
+    since: number;
+    resolve: (result: R) => void;
+    reject: (error: unknown) => void;
+  }[] = [];
   let waitingWeight = 0;
   let running = false;
 
@@ -33,7 +40,9 @@ export function coalesce<T, R>(
     // Let all that arrives in this turn of the event loop come along.
     await Promise.resolve();
     while (waiting.length > 0) {
+      refuseExpired();
       const batch = takeBatch();
+      if (batch.length === 0) break;
       try {
         const results = await call(batch.map(({ item }) => item));
         if (results.length !== batch.length) {
@@ -45,6 +54,16 @@ export function coalesce<T, R>(
       }
     }
     running = false;
+  }
+
+  /** Those in front wait longest. */
+  function refuseExpired() {
+    const latest = performance.now() - maxWaitMs;
+    const alive = waiting.findIndex(({ since }) => since >= latest);
+    for (const { item, reject } of waiting.splice(0, alive < 0 ? waiting.length : alive)) {
+      waitingWeight -= weight(item);
+      reject(new OverloadError(`Cannot be handed over within ${maxWaitMs} ms`));
+    }
   }
 
   function takeBatch() {
@@ -66,7 +85,7 @@ export function coalesce<T, R>(
       );
     }
     const { promise, resolve, reject } = Promise.withResolvers<R>();
-    waiting.push({ item, resolve, reject });
+    waiting.push({ item, since: performance.now(), resolve, reject });
     waitingWeight += weight(item);
     if (!running) run();
     return promise;

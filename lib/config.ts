@@ -30,7 +30,12 @@ export const Settings = Type.Object({
   LEASE_MS: whole(1_000, 86_400_000, 60_000, "how long a claim holds before the row is claimed again"),
   PUBLISH_CHUNK: whole(1, 1_000, 500, "most reservations in one message"),
   PUBLISH_TIMEOUT_MS: whole(100, 60_000, 5_000, "how long to wait for RabbitMQ's confirms"),
-  QUEUED_RESERVATIONS: whole(1, 1_000_000, 20_000, "nothing is claimed while the queue holds this many"),
+  QUEUED_RESERVATIONS: whole(
+    1,
+    1_000_000,
+    20_000,
+    "nothing is claimed while the queue holds this many, each message counted as PUBLISH_CHUNK",
+  ),
   WORKER_BATCH: whole(1, 5_000, 1_000, "most reservations granted in one transaction"),
   WORKER_PREFETCH: whole(1, 10_000, 50, "most messages in a worker's hands"),
   MAX_ATTEMPTS: whole(1, 100, 10, "failures of its own after which a reservation is FAILED"),

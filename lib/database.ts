@@ -5,12 +5,20 @@ import { backoffMs, sleep, withDeadline } from "./loop.ts";
 
 /**
  * What a failed statement means to the caller:
- * - `retry`: a deadlock, a lock timeout, a lost connection; the same again may succeed
+ * - `lost`: the connection broke; the same again may succeed
+ * - `deadlock`, `lock_timeout`: somebody else held a lock
  * - `unavailable`: MySQL is away, full, read-only or shut to us; no fault of any row
  * - `duplicate`, `out_of_range`: the fault of some row
  * - `other`: none of these
  */
-export type DatabaseErrorKind = "retry" | "unavailable" | "duplicate" | "out_of_range" | "other";
+export type DatabaseErrorKind =
+  | "lost"
+  | "deadlock"
+  | "lock_timeout"
+  | "unavailable"
+  | "duplicate"
+  | "out_of_range"
+  | "other";
 
 /** MySQL, or the way to it, failed. Holds no SQL and no parameter: safe to log, not meant for clients. */
 export class DatabaseError extends ForeseenError {
@@ -25,29 +33,35 @@ export class DatabaseError extends ForeseenError {
 
   /** True where nothing but time, or an operator, can mend it. */
   get isOutage(): boolean {
-    return this.kind === "retry" || this.kind === "unavailable";
+    return this.kind === "lost" || this.kind === "unavailable";
+  }
+
+  /** True where somebody else's lock was in the way. */
+  get isContended(): boolean {
+    return this.kind === "deadlock" || this.kind === "lock_timeout";
   }
 }
 
 // Numbers of the MySQL and MariaDB reference manuals, "Server Error Message Reference".
-const RETRY = new Set([
+const DEADLOCK = new Set([
   1213, // deadlock
-  1205, // lock wait timeout
   1020, // MariaDB: record has changed since last read
+  3101, // group replication rolled the transaction back
 ]);
+const LOCK_WAIT_TIMEOUT = 1205;
 const UNAVAILABLE = new Set([
   ...[1021, 1114, 1030, 1026], // disk or table full, error in a file
-  ...[1037, 1038, 1041, 1135], // out of memory, no thread
+  ...[1037, 1038, 1041, 1135, 1206], // out of memory, no thread, lock table full
   ...[1040, 1203, 1226, 1129, 1130], // too many connections, host blocked or unknown
   ...[1044, 1045, 1049, 1142, 1143, 1146, 1227, 1698, 3118], // not let in, database or table gone
-  ...[1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 3168, 3169, 4031], // shutdown, connection lost
+  ...[1047, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 3168, 3169, 4031], // cluster not ready, shutdown, connection lost
   ...[1180, 1317, 1927, 1969, 3024], // commit failed, interrupted, killed, statement too long
   ...[1290, 1792, 1836, 3100], // read-only, or a group replication that refuses
 ]);
 const OUT_OF_RANGE = new Set([1264, 1690]);
-const CONNECTION_LOST = new Set(["PROTOCOL_CONNECTION_LOST", "ECONNRESET", "EPIPE"]);
+const CONNECTION_LOST = /^(PROTOCOL_CONNECTION_LOST|ECONNRESET|EPIPE|ERR_STREAM_.*)$/;
 
-const DRIVER_CODE = /^(ER_|WARN_|UNKNOWN_CODE|PROTOCOL_|HANDSHAKE_|AUTH_|E[A-Z0-9]+$)/;
+const DRIVER_CODE = /^(ER_|WARN_|UNKNOWN_CODE|PROTOCOL_|HANDSHAKE_|AUTH_|ERR_STREAM_|E[A-Z0-9]+$)/;
 
 /** Turns what Drizzle or mysql2 threw into a `DatabaseError`; anything else comes back as it is. */
 export function databaseErrorOf(thrown: unknown): unknown {
@@ -56,8 +70,7 @@ export function databaseErrorOf(thrown: unknown): unknown {
   while (driver instanceof Error && driver.cause instanceof Error) driver = driver.cause;
   if (!(driver instanceof Error) || driver instanceof DatabaseError) return driver;
   const { code, errno, message } = driver as Error & { code?: unknown; errno?: unknown };
-  if (/in closed state/.test(message))
-    return new DatabaseError("retry", "The connection to MySQL was closed");
+  if (/in closed state/.test(message)) return new DatabaseError("lost", "The connection to MySQL was closed");
   if (/^(Pool is closed|Queue limit reached)/.test(message)) return new DatabaseError("unavailable", message);
   if (typeof code !== "string" || !DRIVER_CODE.test(code)) {
     return driver === thrown
@@ -70,7 +83,9 @@ export function databaseErrorOf(thrown: unknown): unknown {
 }
 
 function kindOf(code: string, errno: number): DatabaseErrorKind {
-  if (RETRY.has(errno) || CONNECTION_LOST.has(code)) return "retry";
+  if (CONNECTION_LOST.test(code)) return "lost";
+  if (DEADLOCK.has(errno)) return "deadlock";
+  if (errno === LOCK_WAIT_TIMEOUT) return "lock_timeout";
   if (errno === 1062) return "duplicate";
   if (OUT_OF_RANGE.has(errno)) return "out_of_range";
   // Errors of the socket and of the handshake carry no number of the server's.
@@ -91,8 +106,8 @@ export interface Database {
   /** Runs `work` on one connection, each statement committing by itself; again after a deadlock or a lost connection. */
   run<T>(work: (connection: Connection) => Promise<T>): Promise<T>;
   /**
-   * Runs `work` between BEGIN and COMMIT at READ COMMITTED. Any error rolls all of it back; after a deadlock, a lock
-   * timeout or a lost connection it starts again from BEGIN, so it must be one that may run twice.
+   * Runs `work` between BEGIN and COMMIT at READ COMMITTED. Any error rolls all of it back; after a deadlock or a lost
+   * connection it starts again from BEGIN, so it must be one that may run twice.
    */
   transaction<T>(work: (connection: Connection) => Promise<T>): Promise<T>;
   close(): Promise<void>;
@@ -106,7 +121,7 @@ export interface DatabaseOptions {
   workMs?: number;
 }
 
-/** How often a transaction starts before its deadlock or lock timeout counts as an outage. */
+/** How often a piece of work starts before its deadlock or lost connection is told to the caller. */
 const MAX_TRIES = 5;
 /** Those who wait for a connection; more are refused, since the wait would be longer than a client's patience. */
 const MAX_WAITING = 1_000;
@@ -122,13 +137,14 @@ export function openDatabase(
     connectionLimit: connections,
     queueLimit: MAX_WAITING,
     connectTimeout: acquireMs,
+    // A peer that is gone without a word is noticed before somebody waits for it.
     enableKeepAlive: true,
+    keepAliveInitialDelay: 10_000,
     timezone: "Z",
     supportBigNumbers: true,
     // affectedRows counts the rows that changed, not those that matched: markDone() relies on it.
     flags: ["-FOUND_ROWS"],
   });
-  pool.on("connection", prepareSession);
 
   function acquire(): Promise<PoolConnection> {
     return new Promise((resolve, reject) => {
@@ -150,7 +166,8 @@ export function openDatabase(
     const connection = await acquire();
     try {
       const late = () => new DatabaseError("unavailable", `MySQL did not answer within ${workMs} ms`);
-      const result = await withDeadline(work(connectionOf(connection)), workMs, late);
+      const done = prepareSession(connectionOf(connection)).then(work);
+      const result = await withDeadline(done, workMs, late);
       connection.release();
       return result;
     } catch (error) {
@@ -166,7 +183,9 @@ export function openDatabase(
         return await once(work);
       } catch (thrown) {
         const error = databaseErrorOf(thrown);
-        if (!(error instanceof DatabaseError && error.kind === "retry") || attempt === MAX_TRIES) throw error;
+        const mayPass =
+          error instanceof DatabaseError && (error.kind === "deadlock" || error.kind === "lost");
+        if (!mayPass || attempt === MAX_TRIES) throw error;
         await sleep(backoffMs(attempt, { baseMs: 20, maxMs: 500 }));
       }
     }
@@ -213,13 +232,14 @@ const SESSION = [
   "set session transaction isolation level read committed",
 ];
 
-function prepareSession(connection: PoolConnection) {
-  // These go ahead of the work that waits for the connection; where one fails, the work must not run.
-  for (const sql of SESSION) {
-    connection.query(sql, (error: Error | null) => {
-      if (error) connection.destroy();
-    });
+const prepared = new WeakSet<Connection>();
+
+async function prepareSession(connection: Connection): Promise<Connection> {
+  if (!prepared.has(connection)) {
+    for (const sql of SESSION) await connection.execute(sql);
+    prepared.add(connection);
   }
+  return connection;
 }
 
 /**

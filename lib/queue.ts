@@ -1,3 +1,4 @@
+import type { Socket } from "node:net";
 import { type ChannelModel, type ConfirmChannel, type ConsumeMessage, connect } from "amqplib";
 import { v7 as uuidv7 } from "uuid";
 import { ForeseenError } from "./errors.ts";
@@ -14,7 +15,7 @@ export type Outcome = "ack" | "dead";
 export interface ConsumeOptions {
   /** The most messages handed over and not yet acknowledged. */
   prefetch: number;
-  /** Awaited before each subscription: what the handler needs must be there. */
+  /** Awaited before each connection: what the handler needs must be there. */
   before: () => Promise<unknown>;
   /**
    * Handles one message; several run at once, up to `prefetch`. What it throws ends the subscription: all that is open goes
@@ -26,9 +27,7 @@ export interface ConsumeOptions {
 export interface Queue {
   /**
    * Publishes persistent messages and waits for the broker's confirms. Resolves to how many were confirmed; the others
-   * may have arrived or not.
-   *
-   * @throws {QueueError} where RabbitMQ is not connected
+   * may have arrived or not. Never rejects.
    */
   publish(contents: readonly Buffer[]): Promise<number>;
   /**
@@ -101,6 +100,8 @@ export function openQueue(
       const startedAt = Date.now();
       let reason: string;
       try {
+        if (!stopped) await consumer?.before();
+        if (closing.signal.aborted) return;
         const opened = await openSession(url, name);
         session = opened;
         reason = await Promise.race([live(opened), opened.ended, closed]);
@@ -124,8 +125,7 @@ export function openQueue(
     return current.ended;
   }
 
-  async function subscribe(current: Session, { prefetch, before, handle }: ConsumeOptions) {
-    await before();
+  async function subscribe(current: Session, { prefetch, handle }: ConsumeOptions) {
     const { channel } = current;
     await channel.prefetch(prefetch);
     const { consumerTag } = await channel.consume(name, (message) => {
@@ -160,11 +160,13 @@ export function openQueue(
   const closed = new Promise<string>((resolve) => {
     closing.signal.addEventListener("abort", () => resolve("closed"), { once: true });
   });
-  const supervised = supervise();
+  // Not before the caller could say `consume()`.
+  const supervised = Promise.resolve().then(supervise);
 
   return {
     async publish(contents) {
-      const current = connected();
+      const current = session;
+      if (!current || current.blocked) return 0;
       const late = () => new QueueError(`RabbitMQ did not confirm within ${publishTimeoutMs} ms`);
       let confirmed = 0;
       const confirms = contents.map(async (content) => {
@@ -173,7 +175,8 @@ export function openQueue(
       try {
         await withDeadline(Promise.all(confirms), publishTimeoutMs, late);
       } catch (error) {
-        current.end((error as Error).message);
+        // RabbitMQ tells of an alarm only after a publish. A new session would not know of it, and publish again.
+        if (!current.blocked) current.end((error as Error).message);
       }
       // The queue is gone: a new session makes it again.
       if (current.returned.size > 0) current.end("RabbitMQ returned messages: the queue is missing");
@@ -300,6 +303,7 @@ async function closeQuietly(connection: ChannelModel): Promise<void> {
   try {
     await withDeadline(connection.close(), CLOSE_MS, () => new QueueError("late"));
   } catch {
-    // It is closed, or will be when its socket times out.
+    // A blocked or vanished broker does not answer; its socket must not stay.
+    (connection.connection as unknown as { stream: Socket }).stream.destroy();
   }
 }

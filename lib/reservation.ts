@@ -113,8 +113,10 @@ export function newReservation(input: unknown, headerKey?: string): Reservation 
     brokenUserIdRule(body.user_id),
     brokenPointAmountRule(body.point_amount),
     executeAt instanceof Date ? undefined : executeAt,
-    brokenIdempotencyKeyRule(body.idempotency_key, "idempotency_key") ??
-      brokenIdempotencyKeyRule(headerKey, "the header Idempotency-Key"),
+    brokenIdempotencyKeyRule(body.idempotency_key, "idempotency_key"),
+    headerKey === body.idempotency_key
+      ? undefined
+      : brokenIdempotencyKeyRule(headerKey, "the header Idempotency-Key"),
     differentKeysRule(body.idempotency_key, headerKey),
     ...unknownFieldRules(body),
   ].filter((rule) => rule !== undefined);

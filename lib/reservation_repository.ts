@@ -1,6 +1,6 @@
 import { and, asc, eq, inArray, sql } from "drizzle-orm";
 import type { Connection, Database } from "./database.ts";
-import type { Reservation } from "./reservation.ts";
+import type { Reservation, ReservationStatus } from "./reservation.ts";
 import { pointTransactions, pointReservations as reservations } from "./schema.ts";
 
 /** What became of a request to reserve. */
@@ -121,7 +121,7 @@ export async function claimDue(
         lateMs: sql`timestampdiff(microsecond, ${reservations.scanAt}, now(3)) div 1000`.mapWith(Number),
       })
       // A plan without this index would lock every candidate row, and other schedulers would get nothing.
-      .from(reservations, { forceIndex: "point_reservations_scan_at" as never })
+      .from(reservations, { forceIndex: "point_reservations_scan_at" })
       .where(sql`${reservations.scanAt} <= now(3)`)
       .orderBy(asc(reservations.scanAt), asc(reservations.id))
       .limit(limit)
@@ -155,7 +155,7 @@ export async function msUntilNextScan(database: Database): Promise<number | unde
 
 /** A reservation as the grant finds it, locked until the transaction ends. */
 export interface LockedReservation extends Reservation {
-  status: (typeof reservations.$inferSelect)["status"];
+  status: ReservationStatus;
   attempts: number;
   /** Whether `execute_at` has come by the database's clock. */
   isDue: boolean;

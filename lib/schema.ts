@@ -1,4 +1,4 @@
-import { bigint, datetime, index, int, mysqlTable, varchar } from "drizzle-orm/mysql-core";
+import { bigint, datetime, int, mysqlTable, varchar } from "drizzle-orm/mysql-core";
 import { RESERVATION_STATUSES } from "./reservation.ts";
 
 // The tables as `sql/` makes them; the text keys' binary collation, the checks and the defaults stand there.
@@ -21,23 +21,19 @@ export const pointRoot = mysqlTable("point_root", {
 });
 
 /** Reservations, and when the scheduler must look at each next (`scan_at`). */
-export const pointReservations = mysqlTable(
-  "point_reservations",
-  {
-    id: text("id", 36).primaryKey(),
-    userId: text("user_id", 20).notNull(),
-    pointAmount: int("point_amount").notNull(),
-    executeAt: time("execute_at").notNull(),
-    status: varchar("status", { length: 10, enum: RESERVATION_STATUSES }).notNull(),
-    idempotencyKey: text("idempotency_key", 100).notNull(),
-    scanAt: time("scan_at"),
-    attempts: int("attempts").notNull(),
-    lastError: text("last_error", 500),
-    createdAt: time("created_at").notNull(),
-    updatedAt: time("updated_at").notNull(),
-  },
-  (table) => [index("point_reservations_scan_at").on(table.scanAt, table.id)],
-);
+export const pointReservations = mysqlTable("point_reservations", {
+  id: text("id", 36).primaryKey(),
+  userId: text("user_id", 20).notNull(),
+  pointAmount: int("point_amount").notNull(),
+  executeAt: time("execute_at").notNull(),
+  status: varchar("status", { length: 10, enum: RESERVATION_STATUSES }).notNull(),
+  idempotencyKey: text("idempotency_key", 100).notNull(),
+  scanAt: time("scan_at"),
+  attempts: int("attempts").notNull(),
+  lastError: text("last_error", 500),
+  createdAt: time("created_at").notNull(),
+  updatedAt: time("updated_at").notNull(),
+});
 
 /** The ledger: append only. */
 export const pointTransactions = mysqlTable("point_transactions", {
@@ -48,6 +44,5 @@ export const pointTransactions = mysqlTable("point_transactions", {
   createdAt: time("created_at").notNull(),
 });
 
-export type ReservationRow = typeof pointReservations.$inferSelect;
 export type BalanceRow = typeof pointRoot.$inferSelect;
 export type LedgerRow = typeof pointTransactions.$inferSelect;

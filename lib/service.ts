@@ -139,11 +139,13 @@ export function serveHealth({ hostname, port, logger, isReady }: HealthOptions):
     async fetch(request) {
       const { pathname } = new URL(request.url);
       if (pathname === "/health") return Response.json({ messages: ["ok"] });
-      if (pathname !== "/ready") return Response.json({ messages: ["not found"] }, { status: 404 });
+      if (pathname !== "/ready")
+        return problem(404, "There are /health and /ready", { errors: ["route not found"] });
       return (await isReadyInTime(isReady))
         ? Response.json({ messages: ["ok"] })
-        : Response.json({ messages: ["not ready"] }, { status: 503 });
+        : problem(503, "The process cannot do its work now; its log says why", { errors: ["not ready"] });
     },
+    logger,
   });
   logger.info({ url: server.url.href }, "health is served");
   return { port: server.port ?? port, stop: () => server.stop(true) };
@@ -153,6 +155,44 @@ export interface ListenOptions {
   hostname: string;
   port: number;
   fetch: (request: Request) => Response | Promise<Response>;
+  logger: Logger;
+}
+
+const TITLES: Record<number, string> = {
+  400: "Bad Request",
+  404: "Not Found",
+  405: "Method Not Allowed",
+  413: "Content Too Large",
+  415: "Unsupported Media Type",
+  422: "Unprocessable Content",
+  500: "Internal Server Error",
+  503: "Service Unavailable",
+};
+
+/** What an HTTP status is called. */
+export function titleOf(status: number): string {
+  return TITLES[status] ?? "Error";
+}
+
+export interface ProblemOptions {
+  /** One sentence for each broken rule. */
+  errors: string[];
+  headers?: Record<string, string>;
+  /** By which the log tells more. */
+  requestId?: string;
+}
+
+/** An error as RFC 9457 has it. */
+export function problem(
+  status: number,
+  detail: string,
+  { errors, headers, requestId }: ProblemOptions,
+): Response {
+  const body = { type: "about:blank", title: titleOf(status), status, detail, errors };
+  return new Response(JSON.stringify(requestId ? { ...body, request_id: requestId } : body), {
+    status,
+    headers: { ...headers, "content-type": "application/problem+json" },
+  });
 }
 
 /**
@@ -160,7 +200,7 @@ export interface ListenOptions {
  *
  * @throws {DomainError} CANNOT_LISTEN where the port is taken, with the address
  */
-export function listen({ hostname, port, fetch }: ListenOptions): Bun.Server<undefined> {
+export function listen({ hostname, port, fetch, logger }: ListenOptions): Bun.Server<undefined> {
   try {
     return Bun.serve({
       hostname,
@@ -170,7 +210,20 @@ export function listen({ hostname, port, fetch }: ListenOptions): Bun.Server<und
       // Bun's own 413 has no body: the handler refuses long before this, in the words of the interface.
       maxRequestBodySize: Number.MAX_SAFE_INTEGER,
       idleTimeout: 30,
-      fetch,
+      // Its page would show the code to whoever finds an error.
+      development: false,
+      error(error) {
+        logger.error({ error: describeError(error) }, "request failed");
+        return problem(500, "An unforeseen error", { errors: ["internal error"] });
+      },
+      fetch(request) {
+        if (URL.canParse(request.url)) return fetch(request);
+        // HTTP/1.0 needs no Host, and some load balancers ask for /health without one.
+        if (request.url.startsWith("/")) return fetch(new Request(`http://localhost${request.url}`, request));
+        return problem(400, "The header Host must be a host name, with or without a port", {
+          errors: ["host is invalid"],
+        });
+      },
     });
   } catch (error) {
     const reason = (error as { code?: string }).code === "EADDRINUSE" ? "the port is taken" : String(error);

@@ -2,8 +2,14 @@ import { createHash } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Connection, createConnection, type RowDataPacket } from "mysql2/promise";
-import { readConfig } from "../lib/config.ts";
-import { type Database, DatabaseError, databaseErrorOf, openDatabase } from "../lib/database.ts";
+import { readConfig, type Settings } from "../lib/config.ts";
+import {
+  checkDurability,
+  type Database,
+  DatabaseError,
+  databaseErrorOf,
+  openDatabase,
+} from "../lib/database.ts";
 import { DomainError } from "../lib/errors.ts";
 
 interface Migration {
@@ -74,6 +80,20 @@ export async function checkSchema(database: Database, folder: string = import.me
   }
 }
 
+/**
+ * What each process asks before it starts: is the schema the one it was written for, and does MySQL keep what it commits?
+ *
+ * @throws {DomainError} SCHEMA
+ * @throws {DatabaseError}
+ */
+export async function checkDatabase(
+  database: Database,
+  { ALLOW_LOSSY_DATABASE }: Pick<Settings, "ALLOW_LOSSY_DATABASE">,
+): Promise<void> {
+  await checkSchema(database);
+  if (!ALLOW_LOSSY_DATABASE) await checkDurability(database);
+}
+
 export interface MigrateOptions {
   folder?: string;
   say?: (line: string) => void;
@@ -100,10 +120,11 @@ export async function migrate(
       timezone: "Z",
     });
     // MySQL's DDL commits by itself: only a lock keeps two processes out of one file.
-    const [[lock]] = await connection.query<RowDataPacket[]>(
-      "select get_lock(concat('migrate.', left(sha2(database(), 256), 40)), ?) held",
-      [LOCK_SECONDS],
-    );
+    const [[lock]] = await connection.query<RowDataPacket[]>({
+      sql: "select get_lock(concat('migrate.', left(sha2(database(), 256), 40)), ?) held",
+      values: [LOCK_SECONDS],
+      timeout: 2 * LOCK_SECONDS * 1_000,
+    });
     if (lock?.held !== 1) {
       throw schemaError(`Cannot migrate as another process has held the lock for ${LOCK_SECONDS} s`);
     }
