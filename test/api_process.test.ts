@@ -1,4 +1,5 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { connect, createServer } from "node:net";
 import { freePorts } from "../lib/dev/servers.ts";
 import { bodyOf, post } from "./api_client.ts";
 import {
@@ -87,6 +88,84 @@ describe("bun run api.ts", () => {
       { waitForPort: false },
     );
   }, 20_000);
+
+  test("lives before MySQL does: /health answers, all else is 503 until MySQL is there", async () => {
+    const [mysql, port] = (await freePorts(2)) as [number, number];
+    const away = new URL(db.url);
+    const target = { hostname: away.hostname, port: Number(away.port || 3306) };
+    away.hostname = "127.0.0.1";
+    away.port = String(mysql);
+    const url = `http://127.0.0.1:${port}`;
+    await withApi(
+      { DATABASE_URL: away.href, PORT: String(port) },
+      async (service) => {
+        await until("it says so", () => service.log().some(({ msg }) => msg === "waiting for MySQL"));
+        for (const path of ["/", "/health", "/health/"]) {
+          expect(await (await fetch(url + path)).json()).toEqual({ messages: ["ok"] });
+        }
+        for (const response of [
+          await fetch(`${url}/ready`),
+          await fetch(`${url}/point/reserve`, post(bodyOf())),
+        ]) {
+          expect(response.status).toBe(503);
+          expect(response.headers.get("content-type")).toBe("application/problem+json");
+          expect(response.headers.get("retry-after")).toBe("1");
+        }
+        const forwarder = createServer((client) => {
+          const server = connect(target.port, target.hostname);
+          client.pipe(server).pipe(client);
+          for (const socket of [client, server]) socket.on("error", () => socket.destroy());
+        }).listen(mysql, "127.0.0.1");
+        await until("it is ready", async () => (await fetch(`${url}/ready`)).status === 200);
+        expect((await fetch(`${url}/point/reserve`, post(bodyOf()))).status).toBe(201);
+        expect(await service.kill("SIGTERM")).toBe(0);
+        forwarder.close();
+      },
+      { waitForPort: false },
+    );
+  }, 30_000);
+
+  test.each([
+    ["GET /health HTTP/1.0", "200 OK", '{"messages":["ok"]}'],
+    ["GET /nope HTTP/1.0", "404 Not Found", "route not found"],
+    ["GET /health HTTP/1.1\r\nHost: api", "200 OK", '{"messages":["ok"]}'],
+    ["GET /users/Nobody/points HTTP/1.1\r\nHost: x", "404 Not Found", "user not found"],
+    ["GET /health HTTP/1.1\r\nHost: %", "400 Bad Request", "host is invalid"],
+    ["DELETE /health HTTP/1.1\r\nHost: ab", "405 Method Not Allowed", "method not allowed"],
+  ])("answers %j with %s, and shows nothing of the inside", (head, status, body) =>
+    withApi({}, async ({ url }) => {
+      const answer = await sendRaw(url, `${head}\r\nConnection: close\r\n\r\n`);
+      expect(answer).toStartWith(`HTTP/1.1 ${status}\r\n`);
+      expect(answer).toContain(body);
+      expect(answer).not.toContain(".ts");
+    }),
+  );
+
+  test("takes a body that breaks off for the client's own affair", () =>
+    withApi({}, async (service) => {
+      const head =
+        "POST /point/reserve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100";
+      await sendRaw(service.url, `${head}\r\n\r\n{`, { hangUp: true });
+      expect((await fetch(`${service.url}/health`)).status).toBe(200);
+      expect(await service.kill("SIGTERM")).toBe(0);
+      expect(service.log().filter(({ level }) => level === "error" || level === "warn")).toEqual([]);
+    }));
+
+  /** Sends bytes as they are; the answer, or what came of it before we hung up. */
+  function sendRaw(url: string, text: string, { hangUp = false } = {}): Promise<string> {
+    const { hostname, port } = new URL(url);
+    const { promise, resolve } = Promise.withResolvers<string>();
+    const socket = connect(Number(port), hostname, () => {
+      socket.write(text, () => hangUp && setTimeout(() => socket.destroy(), 50));
+    });
+    let answer = "";
+    socket.on("data", (bytes) => {
+      answer += bytes;
+    });
+    socket.on("error", () => undefined);
+    socket.on("close", () => resolve(answer));
+    return promise;
+  }
 
   test.each(["SIGTERM", "SIGINT"] as const)(
     "ends with 0 at %s, and an open request still gets its answer",

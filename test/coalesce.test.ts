@@ -137,6 +137,22 @@ describe("coalesce()", () => {
     expect(settled.map(({ status }) => status)).toEqual(["rejected", "rejected"]);
   });
 
+  test("refuses, and does not hand over, what waited longer than maxWaitMs", async () => {
+    const { add, calls } = openCoalescer({ maxWaitMs: 50 });
+    const first = add(1);
+    await turn();
+    const late = add(2).catch((error) => error);
+    await Bun.sleep(60);
+    const inTime = add(3);
+    calls[0]?.succeed();
+    expect(await first).toBe(10);
+    expect(await late).toBeInstanceOf(OverloadError);
+    await turn();
+    calls[1]?.succeed();
+    expect(await inTime).toBe(30);
+    expect(itemsOf(calls)).toEqual([[1], [3]]);
+  });
+
   test("refuses what is more than maxWaiting, and takes more once a call has taken some along", async () => {
     const { add, calls } = openCoalescer({ maxBatch: 2, maxWaiting: 3 });
     const first = add(1);

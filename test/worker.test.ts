@@ -296,6 +296,28 @@ describe("processMessages() with a row that fails for a reason of its own", () =
 });
 
 describe("processMessages() beside others", () => {
+  test("grants the others where somebody holds one balance locked, and that one later, without an attempt", async () => {
+    const [locked, again, ...others] = await Promise.all([
+      insertClaimed({ userId: "Locked" }),
+      insertClaimed({ userId: "Locked" }),
+      insertClaimed(),
+      insertClaimed(),
+    ]);
+    await work([messageOf(await insertClaimed({ userId: "Locked" }))]);
+    await db.database.transaction(async ({ select }) => {
+      await select("select * from point_root where user_id = 'Locked' for update");
+      expect(
+        await work([messageOf(locked, others[0] as Reservation), messageOf(again, others[1] as Reservation)]),
+      ).toEqual(["ack", "ack"]);
+    });
+    for (const other of others) expect(await story(other)).toMatchObject({ status: "DONE" });
+    for (const one of [locked, again]) {
+      expect(await story(one)).toMatchObject({ status: "PROCESSING", attempts: 0, lastError: null });
+    }
+    await work([messageOf(locked, again)]);
+    expect(await points(locked)).toBe(300n);
+  }, 30_000);
+
   test("rejects where MySQL is away, and counts no attempt", async () => {
     const reservation = await insertClaimed();
     const away = new URL(DATABASE_URL);
