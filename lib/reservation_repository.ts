@@ -3,6 +3,15 @@ import type { Connection, Database } from "./database.ts";
 import type { Reservation, ReservationStatus } from "./reservation.ts";
 import { pointTransactions, pointReservations as reservations } from "./schema.ts";
 
+/** The columns that make a `Reservation`. */
+const COLUMNS = {
+  id: reservations.id,
+  userId: reservations.userId,
+  pointAmount: reservations.pointAmount,
+  executeAt: reservations.executeAt,
+  idempotencyKey: reservations.idempotencyKey,
+};
+
 /** What became of a request to reserve. */
 export type CreateOutcome =
   | { kind: "created"; reservation: Reservation }
@@ -49,13 +58,7 @@ export async function createReservations(
 
 async function findByIdempotencyKeys(connection: Connection, batch: readonly Reservation[]) {
   const found: Reservation[] = await connection.drizzle
-    .select({
-      id: reservations.id,
-      userId: reservations.userId,
-      pointAmount: reservations.pointAmount,
-      executeAt: reservations.executeAt,
-      idempotencyKey: reservations.idempotencyKey,
-    })
+    .select(COLUMNS)
     .from(reservations)
     .where(
       inArray(
@@ -113,11 +116,7 @@ export async function claimDue(
   return database.transaction(async ({ drizzle }) => {
     const claimed = await drizzle
       .select({
-        id: reservations.id,
-        userId: reservations.userId,
-        pointAmount: reservations.pointAmount,
-        executeAt: reservations.executeAt,
-        idempotencyKey: reservations.idempotencyKey,
+        ...COLUMNS,
         lateMs: sql`timestampdiff(microsecond, ${reservations.scanAt}, now(3)) div 1000`.mapWith(Number),
       })
       // A plan without this index would lock every candidate row, and other schedulers would get nothing.
@@ -170,11 +169,7 @@ export async function lockReservations(
 ): Promise<LockedReservation[]> {
   return drizzle
     .select({
-      id: reservations.id,
-      userId: reservations.userId,
-      pointAmount: reservations.pointAmount,
-      executeAt: reservations.executeAt,
-      idempotencyKey: reservations.idempotencyKey,
+      ...COLUMNS,
       status: reservations.status,
       attempts: reservations.attempts,
       isDue: sql`${reservations.executeAt} <= now(3)`.mapWith(Boolean),
