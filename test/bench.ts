@@ -74,7 +74,7 @@ async function measureDrain({ settings }: Measure): Promise<number> {
     "all are DONE",
     async () => {
       // Rarely: counting reads the whole table.
-      await Bun.sleep(50);
+      await Bun.sleep(250);
       return (await countStatuses(pipeline.test)).DONE === count;
     },
     600_000,
