@@ -249,7 +249,7 @@ function ok(): Response {
 }
 
 function notFound(sentence: string, explanation: string): DomainError {
-  return new DomainError("NOT_FOUND", "There is no such thing", [{ sentence, explanation }]);
+  return new DomainError("NOT_FOUND", "Not found", [{ sentence, explanation }]);
 }
 
 function isHealth(request: Request): boolean {
@@ -310,7 +310,7 @@ async function readJson(request: Request): Promise<unknown> {
     throw new DomainError("INVALID_INPUT", "The body breaks a rule", [
       {
         sentence: "body must be JSON",
-        explanation: `the body must be JSON in UTF-8: ${bytes} bytes are not`,
+        explanation: `the body must be JSON in UTF-8: received ${bytes} bytes that are not`,
       },
     ]);
   }

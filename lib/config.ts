@@ -61,21 +61,27 @@ export function readConfig<Name extends keyof Settings>(
   env: Record<string, string | undefined>,
   names: readonly Name[],
 ): Pick<Settings, Name> {
-  const config = Object.fromEntries(names.map((name) => [name, readSetting(env, name)]));
+  const broken: string[] = [];
+  const config = Object.fromEntries(
+    names.map((name) => {
+      const value = parse(Settings.properties[name], env[name]);
+      const received = findFault(name, value, env[name]);
+      if (received) broken.push(`${name} must be ${ruleOf(name)}: ${received}`);
+      return [name, value];
+    }),
+  );
+  if (broken.length > 0) {
+    throw new DomainError("INVALID_SETTING", `Cannot start as ${broken.join("; and as ")}`);
+  }
   return config as Pick<Settings, Name>;
 }
 
-function readSetting(env: Record<string, string | undefined>, name: keyof Settings): unknown {
-  const schema: TSchema = Settings.properties[name];
-  const text = env[name];
-  if (text === undefined || text === "") {
-    if (schema.default !== undefined) return schema.default;
-    throw invalid(name, "is not set");
-  }
-  const value = parse(schema, text);
-  if (!Value.Check(schema, value) || (URLS.includes(name) && !isUrl(text)))
-    throw invalid(name, showSetting(name, text));
-  return value;
+/** What is wrong with a setting, or undefined. */
+function findFault(name: keyof Settings, value: unknown, text: string | undefined): string | undefined {
+  if (value === undefined) return "it is not set";
+  const isRight =
+    Value.Check(Settings.properties[name], value) && (!URLS.includes(name) || isUrl(String(text)));
+  return isRight ? undefined : showSetting(name, String(text));
 }
 
 /** Whether the drivers can read it, user and password included. */
@@ -89,7 +95,9 @@ function isUrl(text: string): boolean {
   }
 }
 
-function parse(schema: TSchema, text: string): unknown {
+/** The value of a variable, or its default; undefined where it has neither. */
+function parse(schema: TSchema, text: string | undefined): unknown {
+  if (text === undefined || text === "") return schema.default;
   if (schema.type === "integer" && /^\d{1,15}$/.test(text)) return Number(text);
   if (schema.type === "boolean" && /^(true|false)$/.test(text)) return text === "true";
   return text;
@@ -100,12 +108,8 @@ function showSetting(name: keyof Settings, text: string): string {
   if (!URLS.includes(name)) return `received ${showValue(text)}`;
   const parsed = URL.parse(text);
   return parsed?.host
-    ? `received ${parsed.protocol}//…@${parsed.host}${parsed.pathname}`
+    ? `received ${parsed.protocol}//${parsed.username ? "…@" : ""}${parsed.host}${parsed.pathname}`
     : "received a value that is no URL (not shown, it may hold a password)";
-}
-
-function invalid(name: keyof Settings, received: string): DomainError {
-  return new DomainError("INVALID_SETTING", `Cannot start as ${name} must be ${ruleOf(name)}: ${received}`);
 }
 
 function ruleOf(name: keyof Settings): string {

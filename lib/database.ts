@@ -49,11 +49,14 @@ const DEADLOCK = new Set([
   3101, // group replication rolled the transaction back
 ]);
 const LOCK_WAIT_TIMEOUT = 1205;
+/** Host, user, password or database are not known to the server. */
+const NOT_LET_IN = new Set([1044, 1045, 1049, 1698, 3118]);
 const UNAVAILABLE = new Set([
   ...[1021, 1114, 1030, 1026], // disk or table full, error in a file
   ...[1037, 1038, 1041, 1135, 1206], // out of memory, no thread, lock table full
   ...[1040, 1203, 1226, 1129, 1130], // too many connections, host blocked or unknown
-  ...[1044, 1045, 1049, 1142, 1143, 1146, 1227, 1698, 3118], // not let in, database or table gone
+  ...NOT_LET_IN,
+  ...[1142, 1143, 1146, 1227], // a privilege or a table is gone
   ...[1047, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 3168, 3169, 4031], // cluster not ready, shutdown, connection lost
   ...[1180, 1317, 1927, 1969, 3024], // commit failed, interrupted, killed, statement too long
   ...[1290, 1792, 1836, 3100], // read-only, or a group replication that refuses
@@ -79,7 +82,9 @@ export function databaseErrorOf(thrown: unknown): unknown {
   }
   const kind = kindOf(code, Number(errno));
   // A server's sentence may quote a value, but not where the server, or the way to it, is at fault.
-  return new DatabaseError(kind, `MySQL failed with ${code}${kind === "unavailable" ? `: ${message}` : ""}`);
+  const text = kind === "unavailable" ? `: ${message}` : "";
+  const hint = NOT_LET_IN.has(Number(errno)) ? ". Is DATABASE_URL right?" : "";
+  return new DatabaseError(kind, `MySQL failed with ${code}${text}${hint}`);
 }
 
 function kindOf(code: string, errno: number): DatabaseErrorKind {

@@ -107,6 +107,7 @@ export function openQueue(
         reason = await Promise.race([live(opened), opened.ended, closed]);
       } catch (error) {
         reason = error instanceof Error ? error.message : String(error);
+        if (/ACCESS[_-]REFUSED|NOT_ALLOWED/.test(reason)) reason += ". Is AMQP_URL right?";
       }
       const connection = session?.connection;
       session = undefined;

@@ -226,7 +226,8 @@ export function listen({ hostname, port, fetch, logger }: ListenOptions): Bun.Se
       },
     });
   } catch (error) {
-    const reason = (error as { code?: string }).code === "EADDRINUSE" ? "the port is taken" : String(error);
+    const isTaken = (error as { code?: string }).code === "EADDRINUSE";
+    const reason = isTaken ? "the port is taken" : "HOST must be an address of this machine";
     throw new DomainError("CANNOT_LISTEN", `Cannot listen on ${hostname}:${port}: ${reason}`);
   }
 }

@@ -196,9 +196,14 @@ async function refuseStrangers(connection: Connection, { name, sql }: Pick<Migra
 }
 
 if (import.meta.main) {
+  const [option, ...more] = Bun.argv.slice(2);
+  if ((option !== undefined && option !== "--check") || more.length > 0) {
+    console.error("Usage: bun sql/migrate.ts [--check]: brings the tables up to date; --check only looks");
+    process.exit(2);
+  }
   try {
     const { DATABASE_URL } = readConfig(Bun.env, ["DATABASE_URL"]);
-    if (Bun.argv.includes("--check")) {
+    if (option === "--check") {
       const database = openDatabase(DATABASE_URL);
       await checkSchema(database).finally(() => database.close());
       console.log("The schema is up to date");

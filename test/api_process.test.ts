@@ -60,7 +60,7 @@ describe("bun run api.ts", () => {
     [
       "DATABASE_URL",
       "",
-      "Cannot start as DATABASE_URL must be like mysql://user:password@host:3306/database: is not set",
+      "Cannot start as DATABASE_URL must be like mysql://user:password@host:3306/database: it is not set",
     ],
     [
       "DATABASE_URL",

@@ -128,7 +128,7 @@ describe("readConfig() refuses, in one line with variable, rule and value,", () 
     ["AMQP_URL", undefined],
   ])("%s where it is %p and has no default", (name, value) => {
     expect(refusalOf(name, value)).toMatch(
-      new RegExp(`^Cannot start as ${name} must be like \\S+: is not set$`),
+      new RegExp(`^Cannot start as ${name} must be like \\S+: it is not set$`),
     );
   });
 });

@@ -235,7 +235,10 @@ describe("bun run migrate", () => {
   });
 
   test.each([
-    ["", "Cannot start as DATABASE_URL must be like mysql://user:password@host:3306/database: is not set\n"],
+    [
+      "",
+      "Cannot start as DATABASE_URL must be like mysql://user:password@host:3306/database: it is not set\n",
+    ],
     [
       "postgres://u:s3cret@h/d",
       "Cannot start as DATABASE_URL must be like mysql://user:password@host:3306/database: received postgres://…@h/d\n",

@@ -6,6 +6,7 @@ import { reconcile } from "../point_repository.ts";
 import { fieldOf, runWithStack, type Stack } from "./stack.ts";
 
 const say = (line: string) => console.error(`demo: ${line}`);
+const USAGE = "Usage: bun run demo [--count N] [--seconds S]: N reservations (5) within S seconds (3)";
 /** Up to this many reservations get a line of their own; more are shown as sums. */
 const MAX_ROWS = 20;
 const MAX_USERS = 10;
@@ -31,11 +32,19 @@ function readOptions(): { count: number; seconds: number } {
   try {
     const { values } = parseArgs({
       args: Bun.argv.slice(2),
-      options: { count: { type: "string", default: "5" }, seconds: { type: "string", default: "3" } },
+      options: {
+        count: { type: "string", default: "5" },
+        seconds: { type: "string", default: "3" },
+        help: { type: "boolean", short: "h" },
+      },
     });
+    if (values.help) {
+      console.log(USAGE);
+      process.exit(0);
+    }
     return { count: whole("count", values.count, 100_000), seconds: whole("seconds", values.seconds, 3_600) };
   } catch (error) {
-    say(`${(error as Error).message}\nUsage: bun run demo [--count N] [--seconds S]`);
+    say(`${(error as Error).message}\n${USAGE}`);
     process.exit(2);
   }
 }

@@ -26,8 +26,7 @@ await runWithStack(
     usualPorts: true,
     say,
     onLog: (name, line) => console.log(format(name, line)),
-    onExit: (name, how) =>
-      say(`${name} ended by ${how}; Ctrl-C ends the rest, or start it again by hand (see above)`),
+    onExit: (name, how) => say(`${name} ended by ${how}; Ctrl-C ends the rest, or start it again by hand`),
   },
   async ({ databaseUrl, amqpUrl, apiUrl, signal }) => {
     const body = JSON.stringify({

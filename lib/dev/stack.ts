@@ -3,6 +3,7 @@ import { join } from "node:path";
 import { migrate } from "../../sql/migrate.ts";
 import { readConfig } from "../config.ts";
 import { sleep } from "../loop.ts";
+import { acquireServices } from "./services.ts";
 
 const ROOT = join(import.meta.dir, "../..");
 const NAMES = ["api", "scheduler", "worker"] as const;
@@ -13,6 +14,10 @@ const PORTS = { api: "PORT", scheduler: "SCHEDULER_PORT", worker: "WORKER_PORT" 
 const START_MS = 20_000;
 /** How long a process may take to end: a little more than the 10 s that it promises. */
 const STOP_MS = 12_000;
+/** A Ctrl-C may come twice, from the terminal and from npm, which passes it on: one that comes later is a second one. */
+const REPEATED_MS = 1_000;
+/** How long MySQL and RabbitMQ may take to stop. */
+const RELEASE_MS = 60_000;
 
 export interface StackOptions {
   /** Settings of the children, beside the environment. */
@@ -36,20 +41,26 @@ export interface Stack {
 }
 
 /**
- * Migrates, starts api, scheduler and worker, runs `main`, and stops the three, whatever happens. Ends with the exit code
- * that `main` returns; 130 or 143 where a signal ended it.
+ * Finds or starts MySQL and RabbitMQ, migrates, starts api, scheduler and worker, runs `main`, and stops all that it
+ * started, whatever happens. Ends with the exit code that `main` returns; 130 or 143 where a signal ended it.
  */
 export async function runWithStack(
   options: StackOptions,
   main: (stack: Stack) => Promise<number>,
 ): Promise<never> {
   const stop = new AbortController();
+  const children: Child[] = [];
   let code = 0;
+  let endsSince = 0;
   function end(exitCode: number) {
-    // The second signal does not wait any longer.
-    if (stop.signal.aborted) process.exit(exitCode);
-    code = exitCode;
-    stop.abort();
+    if (!stop.signal.aborted) {
+      code = exitCode;
+      endsSince = Date.now();
+      stop.abort();
+    } else if (Date.now() - endsSince > REPEATED_MS) {
+      for (const child of children) child.kill();
+      process.exit(exitCode);
+    }
   }
   process.on("SIGINT", () => end(130));
   process.on("SIGTERM", () => end(143));
@@ -58,32 +69,35 @@ export async function runWithStack(
   // A parent that was killed cannot tell: nobody would be there to stop the children.
   const watch = setInterval(() => process.ppid !== parent && !stop.signal.aborted && end(143), 500);
 
-  const children: Child[] = [];
+  let services: Awaited<ReturnType<typeof acquireServices>> | undefined;
   try {
-    const { DATABASE_URL, AMQP_URL } = readConfig(Bun.env, ["DATABASE_URL", "AMQP_URL"]);
+    services = await acquireServices({ say: options.say, signal: stop.signal });
+    const { databaseUrl, amqpUrl } = services;
     options.say("bringing the tables up to date");
-    await migrate(DATABASE_URL);
+    await migrate(databaseUrl);
+    const env = { ...options.env, DATABASE_URL: databaseUrl, AMQP_URL: amqpUrl };
     for (const name of NAMES) {
-      if (!stop.signal.aborted) children.push(startChild(name, options, stop.signal));
+      if (!stop.signal.aborted) children.push(startChild(name, { ...options, env }, stop.signal));
     }
     const urls = await Promise.all(children.map((child) => child.served));
     const apiUrl = urls[0]?.replace(/\/$/, "");
     if (apiUrl && !stop.signal.aborted) {
       const result = await main({
-        databaseUrl: DATABASE_URL,
-        amqpUrl: AMQP_URL,
+        databaseUrl,
+        amqpUrl,
         apiUrl,
         signal: stop.signal,
       });
       if (!stop.signal.aborted) code = result;
     }
   } catch (error) {
-    options.say((error as Error).message);
+    if (!stop.signal.aborted) options.say((error as Error).message);
     code ||= 1;
   } finally {
     clearInterval(watch);
     stop.abort();
     await Promise.all(children.map((child) => child.stop()));
+    await Promise.race([services?.release(), sleep(RELEASE_MS)]);
   }
   process.exit(code);
 }
@@ -92,17 +106,19 @@ interface Child {
   /** Where it answers, or undefined where it was stopped before. */
   served: Promise<string | undefined>;
   stop(): Promise<void>;
+  kill(): void;
 }
 
 function startChild(
   name: Name,
-  { env, usualPorts, onLog, onExit }: StackOptions,
+  { env, usualPorts, say, onLog, onExit }: StackOptions,
   signal: AbortSignal,
 ): Child {
   const port = PORTS[name];
   const child = Bun.spawn([process.execPath, `${name}.ts`], {
     cwd: ROOT,
-    env: { ...Bun.env, [port]: usualPorts ? portFor(name) : "0", ...env },
+    // Where it serves is told at level info.
+    env: { ...Bun.env, LOG_LEVEL: "info", [port]: usualPorts ? portFor(name, say) : "0", ...env },
     stdin: "ignore",
     stdout: "pipe",
     stderr: "pipe",
@@ -129,6 +145,7 @@ function startChild(
     onExit(name, how);
     reject(new Error(`${name} ended with ${how}: ${fieldOf(lastLine, "msg") ?? lastLine}`));
   });
+  signal.addEventListener("abort", () => resolve(undefined), { once: true });
   served.then(
     () => clearTimeout(timer),
     () => clearTimeout(timer),
@@ -141,12 +158,14 @@ function startChild(
       const late = await Promise.race([child.exited.then(() => false), sleep(STOP_MS).then(() => true)]);
       if (late) child.kill("SIGKILL");
       await child.exited;
+      await Promise.race([output, sleep(1_000)]);
     },
+    kill: () => child.kill("SIGKILL"),
   };
 }
 
 /** The port that the settings name, or 0 where it is taken already. */
-function portFor(name: Name): string {
+function portFor(name: Name, say: (line: string) => void): string {
   const setting = PORTS[name];
   const { HOST, [setting]: port } = readConfig(Bun.env, ["HOST", setting]);
   if (Bun.env[setting]) return String(port);
@@ -154,6 +173,7 @@ function portFor(name: Name): string {
     Bun.listen({ hostname: HOST, port, socket: { data() {} } }).stop(true);
     return String(port);
   } catch {
+    say(`port ${port} is taken, so ${name} takes a free one`);
     return "0";
   }
 }
