@@ -109,6 +109,13 @@ describe("readConfig() refuses, in one line with variable, rule and value,", () 
     expect(refusalOf(name, value)).toBe(message);
   });
 
+  test("all wrong settings at once", () => {
+    const env = { ...URLS, PORT: "http", LEASE_MS: "999", LOG_LEVEL: "info" };
+    expect(() => readConfig(env, ["PORT", "LOG_LEVEL", "LEASE_MS"])).toThrow(
+      'Cannot start as PORT must be a whole number from 0 to 65535: received "http"; and as LEASE_MS must be a whole number from 1000 to 86400000: received "999"',
+    );
+  });
+
   const integers = NAMES.filter((name) => "minimum" in Settings.properties[name]);
 
   test.each(integers)("%s beyond its limits, and takes its limits", (name) => {

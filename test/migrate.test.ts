@@ -247,6 +247,15 @@ describe("bun run migrate", () => {
     expect(await runMigrate(url)).toEqual({ exitCode: 1, stdout: "", stderr: line });
   });
 
+  test.each([["--chek"], ["--help"], ["--check now"]])("refuses the words %p and changes nothing", (words) =>
+    withEmptyDatabase(async (db) => {
+      const { exitCode, stdout, stderr } = await runMigrate(db.url, ...words.split(" "));
+      expect({ exitCode, stdout }).toEqual({ exitCode: 2, stdout: "" });
+      expect(stderr).toStartWith("Usage: bun sql/migrate.ts [--check]");
+      expect(await tablesOf(db)).toEqual([]);
+    }),
+  );
+
   test(
     "--check changes nothing, says which command mends it, and exits 0 only on an up-to-date schema",
     () =>
