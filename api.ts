@@ -142,10 +142,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
     .get("/health", ok, describe("The process lives", { 200: Messages }))
     .get(
       "/ready",
-      async () => {
-        if (await isReadyInTime(() => pingDatabase(database).then(() => true))) return ok();
-        return notReady();
-      },
+      async () => ((await isReadyInTime(() => pingDatabase(database).then(() => true))) ? ok() : notReady()),
       describe("MySQL answers", { 200: Messages, 503: Problem }),
     )
     .post(

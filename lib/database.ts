@@ -171,7 +171,7 @@ export function openDatabase(
     const connection = await acquire();
     try {
       const late = () => new DatabaseError("unavailable", `MySQL did not answer within ${workMs} ms`);
-      const done = prepareSession(connectionOf(connection)).then(work);
+      const done = sessionOf(connection).then(work);
       const result = await withDeadline(done, workMs, late);
       connection.release();
       return result;
@@ -213,22 +213,6 @@ export function openDatabase(
   };
 }
 
-const connectionsOf = new WeakMap<PoolConnection, Connection>();
-
-function connectionOf(pooled: PoolConnection): Connection {
-  const known = connectionsOf.get(pooled);
-  if (known) return known;
-  const promised = pooled.promise();
-  const connection: Connection = {
-    drizzle: drizzle({ client: promised as never }),
-    execute: async (sql, values) => (await promised.query<ResultSetHeader>(sql, values))[0],
-    select: async <Row extends object>(sql: string, values?: unknown[]) =>
-      (await promised.query<(Row & RowDataPacket)[]>(sql, values))[0],
-  };
-  connectionsOf.set(pooled, connection);
-  return connection;
-}
-
 // The server's defaults are somebody else's choice: what the statements rely on is set on every connection.
 const SESSION = [
   `set time_zone = '+00:00', autocommit = 1, innodb_lock_wait_timeout = 5,
@@ -237,13 +221,21 @@ const SESSION = [
   "set session transaction isolation level read committed",
 ];
 
-const prepared = new WeakSet<Connection>();
+/** The connections whose session is set. */
+const sessions = new WeakMap<PoolConnection, Connection>();
 
-async function prepareSession(connection: Connection): Promise<Connection> {
-  if (!prepared.has(connection)) {
-    for (const sql of SESSION) await connection.execute(sql);
-    prepared.add(connection);
-  }
+async function sessionOf(pooled: PoolConnection): Promise<Connection> {
+  const known = sessions.get(pooled);
+  if (known) return known;
+  const promised = pooled.promise();
+  const connection: Connection = {
+    drizzle: drizzle({ client: promised as never }),
+    execute: async (sql, values) => (await promised.query<ResultSetHeader>(sql, values))[0],
+    select: async <Row extends object>(sql: string, values?: unknown[]) =>
+      (await promised.query<(Row & RowDataPacket)[]>(sql, values))[0],
+  };
+  for (const sql of SESSION) await connection.execute(sql);
+  sessions.set(pooled, connection);
   return connection;
 }
 

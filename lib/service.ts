@@ -129,10 +129,7 @@ export interface HealthOptions {
  *
  * @throws {DomainError} CANNOT_LISTEN where the port is taken
  */
-export function serveHealth({ hostname, port, logger, isReady }: HealthOptions): {
-  port: number;
-  stop(): Promise<void>;
-} {
+export function serveHealth({ hostname, port, logger, isReady }: HealthOptions): { stop(): Promise<void> } {
   const server = listen({
     hostname,
     port,
@@ -148,7 +145,7 @@ export function serveHealth({ hostname, port, logger, isReady }: HealthOptions):
     logger,
   });
   logger.info({ url: server.url.href }, "health is served");
-  return { port: server.port ?? port, stop: () => server.stop(true) };
+  return { stop: () => server.stop(true) };
 }
 
 export interface ListenOptions {

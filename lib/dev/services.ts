@@ -16,7 +16,7 @@ const RELEASE_WITHIN_MS = 60_000;
 
 /**
  * Finds or starts MySQL and RabbitMQ, and registers this process as a user of what it started. The last user's
- * `release()` stops the servers; a user that was killed no longer counts.
+ * `release()` stops the servers, or says within a minute that they do not stop; a user that was killed no longer counts.
  *
  * @throws Error saying what can be done, where nothing is found and nothing can be started
  */
@@ -52,9 +52,12 @@ async function acquireAs(makeUser: (kind: Kind) => User, options: ServicesOption
     }
   });
   let released: Promise<void> | undefined;
-  function release(): Promise<void> {
+  async function release(): Promise<void> {
     released ??= underLock(unstoppable, leave);
-    return released;
+    const late = sleep(RELEASE_WITHIN_MS, "late", { ref: false });
+    if ((await Promise.race([released, late])) === "late") {
+      options.say("MySQL and RabbitMQ do not stop; `bun run services down` tries again");
+    }
   }
   options.say(`MySQL and RabbitMQ: ${services.origin}`);
   return { ...services, release };
@@ -143,10 +146,7 @@ async function run(
     onInterrupt((signal) => child.pid !== undefined && kill(-child.pid, signal));
     return await promise;
   } finally {
-    const late = sleep(RELEASE_WITHIN_MS, "late", { ref: false });
-    if ((await Promise.race([services.release(), late])) === "late") {
-      options.say("MySQL and RabbitMQ do not stop; `bun run services down` tries again");
-    }
+    await services.release();
   }
 }
 

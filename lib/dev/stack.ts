@@ -16,8 +16,6 @@ const START_MS = 20_000;
 const STOP_MS = 12_000;
 /** A Ctrl-C may come twice, from the terminal and from npm, which passes it on: one that comes later is a second one. */
 const REPEATED_MS = 1_000;
-/** How long MySQL and RabbitMQ may take to stop. */
-const RELEASE_MS = 60_000;
 
 export interface StackOptions {
   /** Settings of the children, beside the environment. */
@@ -97,7 +95,7 @@ export async function runWithStack(
     clearInterval(watch);
     stop.abort();
     await Promise.all(children.map((child) => child.stop()));
-    await Promise.race([services?.release(), sleep(RELEASE_MS)]);
+    await services?.release();
   }
   process.exit(code);
 }
