@@ -1,38 +1,91 @@
 import { openapi } from "@elysiajs/openapi";
-import { Type } from "@sinclair/typebox";
+import type { Static, TObject } from "@sinclair/typebox";
 import { Elysia, NotFoundError } from "elysia";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
+import {
+  acceptedOf,
+  balanceAtOf,
+  balanceOf,
+  campaignCancelledOf,
+  refusedOf,
+  reservedOf,
+  reservedPointOf,
+  standOf,
+  storyOf,
+  transactionOf,
+} from "./lib/answers.ts";
+import { atRow, newBulkReservation } from "./lib/bulk.ts";
 import { coalesce, OverloadError } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
 import { type Database, DatabaseError, openDatabase } from "./lib/database.ts";
-import { DomainError, type DomainErrorCode, ForeseenError, showValue } from "./lib/errors.ts";
-import { withDeadline } from "./lib/loop.ts";
-import { PointAmount, parseUserId, UserId } from "./lib/point.ts";
-import { findBalance } from "./lib/point_repository.ts";
+import { type BrokenRule, DomainError, type DomainErrorCode } from "./lib/errors.ts";
 import {
+  findBalanceAt,
+  findHoldings,
+  findReservation,
+  listReservations,
+  listTransactions,
+  type ReservationStory,
+} from "./lib/history.ts";
+import { HttpError, noRoute, problem, readJson, readQuery } from "./lib/http.ts";
+import { brokenFieldRules, type FieldRules, parseTime, refuseBroken, timeRule } from "./lib/input.ts";
+import { withDeadline } from "./lib/loop.ts";
+import { cursorRule, limitRule, nextCursor, pageOf } from "./lib/page.ts";
+import {
+  MAX_POINT_NUM,
+  newPointChange,
+  type PointTransaction,
+  parseUserId,
+  userIdRule,
+} from "./lib/point.ts";
+import { type ChangeOutcome, changePoints, findBalance } from "./lib/point_repository.ts";
+import {
+  campaignRule,
   newReservation,
+  newReservationPatch,
+  parseCampaign,
   parseReservationId,
-  RESERVATION_STATUSES,
   type Reservation,
-  ReservationCreateInput,
+  type ReservationStatus,
+  statusRule,
 } from "./lib/reservation.ts";
-import { createReservations, findReservation } from "./lib/reservation_repository.ts";
+import {
+  type CreateOutcome,
+  cancelCampaign,
+  cancelReservation,
+  createReservations,
+  patchReservation,
+  retryReservation,
+} from "./lib/reservation_repository.ts";
+import * as routes from "./lib/routes.ts";
 import {
   aborted,
   describeError,
   isReadyInTime,
   listen,
   pingDatabase,
-  problem,
   runService,
-  titleOf,
   waitForDatabase,
 } from "./lib/service.ts";
 import { version } from "./package.json" with { type: "json" };
 import { checkDatabase } from "./sql/migrate.ts";
 
+const ABOUT = `Grants points at a promised time: once, not twice, not early, not lost.
+
+Errors are application/problem+json (RFC 9457); \`errors\` has one sentence for each broken rule, all at once. After a 503, or
+no answer at all, send the same request again: with an idempotency key it cannot count twice. An example with a
+reservation's id stands for one of yours, in the state that the example's name says.`;
+
 const MAX_BODY_BYTES = 64 * 1024;
+/** 10,000 rows with the longest values are 4 MiB, and as much again where they are indented. */
+const MAX_BULK_BYTES = 8 * 1024 * 1024;
+/** Bulk requests in hand at once; more are refused with 503. */
+const MAX_BULKS = 8;
+/** How long one request may cancel a campaign, in milliseconds: an answer must come before clients give up. */
+const CAMPAIGN_MS = 20_000;
+/** The most broken rules that one problem explains; it names all of them. */
+const MAX_EXPLAINED = 20;
 /** Requests that wait for an INSERT; more are refused with 503, since their answers would come too late. */
 const MAX_WAITING = 10_000;
 /** After this long a request is refused with 503 if no INSERT has taken it, in milliseconds. */
@@ -43,65 +96,20 @@ const WORK_MS = 5_000;
 /** How long open requests may take after a signal, in milliseconds. */
 const STOP_MS = 5_000;
 
-/** An error of HTTP itself, before any rule of the domain. */
-class HttpError extends ForeseenError {
-  override readonly name = "HttpError";
+type RefusedChange = Exclude<ChangeOutcome, "changed" | "replayed">;
 
-  constructor(
-    readonly status: number,
-    readonly sentence: string,
-    message: string,
-    readonly headers: Record<string, string> = {},
-  ) {
-    super(message);
-  }
-}
+const KEY_CONFLICT: BrokenRule = {
+  sentence: "idempotency key is used with other content",
+  explanation: "one key must always come with the same content; nothing was done",
+};
 
 /** Codes that are not here are no client's business: 500. */
 const STATUS: Partial<Record<DomainErrorCode, number>> = {
   INVALID_INPUT: 400,
   NOT_FOUND: 404,
+  CONFLICT: 409,
   IDEMPOTENCY_CONFLICT: 422,
 };
-/** RFC 9457. `errors` has one sentence for each broken rule. */
-const Problem = Type.Object({
-  type: Type.String({ examples: ["about:blank"] }),
-  title: Type.String(),
-  status: Type.Integer(),
-  detail: Type.String(),
-  errors: Type.Array(Type.String(), { examples: [["user id is invalid format"]] }),
-  request_id: Type.Optional(Type.String({ description: "also in the log and in the header X-Request-Id" })),
-});
-const Time = Type.String({ format: "date-time", examples: ["2029-02-22T13:59:00.000Z"] });
-const Uuid = Type.String({ format: "uuid" });
-const Reserved = Type.Object({
-  reservation_id: Uuid,
-  status: Type.Literal("PENDING"),
-  execute_at: Time,
-});
-const ReservationStory = Type.Object({
-  reservation_id: Uuid,
-  user_id: UserId,
-  point_amount: PointAmount,
-  idempotency_key: Type.String(),
-  status: Type.Union(RESERVATION_STATUSES.map((status) => Type.Literal(status))),
-  execute_at: Time,
-  next_scan_at: Type.Union([Time, Type.Null()], {
-    description: "when the scheduler looks at it next; null once it is over",
-  }),
-  attempts: Type.Integer({ description: "how often granting failed for a reason of its own" }),
-  last_error: Type.Union([Type.String(), Type.Null()]),
-  granted_at: Type.Union([Time, Type.Null()]),
-  late_ms: Type.Union([Type.Integer(), Type.Null()], { description: "from execute_at to granted_at" }),
-  created_at: Time,
-  updated_at: Time,
-});
-const Balance = Type.Object({
-  user_id: UserId,
-  point_num: Type.Integer({ description: "up to 9223372036854775807, more than some JSON readers take" }),
-  updated_at: Time,
-});
-const Messages = Type.Object({ messages: Type.Array(Type.String(), { examples: [["ok"]] }) });
 
 export interface AppOptions {
   database: Database;
@@ -112,141 +120,308 @@ export interface AppOptions {
 
 /** The HTTP interface; `app.handle(request)` answers without a port. */
 export function createApp({ database, logger, reserveBatch }: AppOptions) {
-  const reserve = coalesce((batch: Reservation[]) => createReservations(database, batch), {
-    maxBatch: reserveBatch,
-    maxWaiting: MAX_WAITING,
-    maxWaitMs: MAX_WAIT_MS,
-  });
+  const waiting = { maxBatch: reserveBatch, maxWaiting: MAX_WAITING, maxWaitMs: MAX_WAIT_MS };
+  const reserve = coalesce(
+    (batch: Reservation[]) => database.run((connection) => createReservations(connection, batch)),
+    waiting,
+  );
+  const change = coalesce((batch: PointTransaction[]) => changePoints(database, batch), waiting);
+  let bulksInHand = 0;
 
-  const routes: { method: string; path: string }[] = [];
+  /** Reserves many. Their bodies are large: few at once may be in memory. */
+  async function reserveBulk(request: Request): Promise<Response> {
+    if (bulksInHand >= MAX_BULKS) throw new OverloadError(`Cannot take more than ${MAX_BULKS} bulks at once`);
+    bulksInHand++;
+    try {
+      const body = await readJson(request, { maxBytes: MAX_BULK_BYTES });
+      const { mode, rows } = newBulkReservation(body, headerKeyOf(request));
+      const valid = rows.filter((row): row is Reservation => !("broken" in row));
+      const outcomes =
+        mode === "atomic"
+          ? await database.transaction(async (connection) => {
+              const outcomes = await createReservations(connection, valid);
+              refuseConflicts(outcomes);
+              return outcomes;
+            })
+          : await database.run((connection) => createReservations(connection, valid));
+      const waiting = outcomes.values();
+      const results = rows.map((row) => {
+        if ("broken" in row) return refusedOf(row.broken.map(({ sentence }) => sentence));
+        const outcome = waiting.next().value as CreateOutcome;
+        return outcome.kind === "conflict" ? refusedOf([KEY_CONFLICT.sentence]) : acceptedOf(outcome);
+      });
+      return Response.json({ results }, { status: mode === "atomic" ? 201 : 200 });
+    } finally {
+      bulksInHand--;
+    }
+  }
+
+  /** Adds to a balance, or subtracts from it. */
+  async function changeBalance(request: Request, sign: 1 | -1, message: string): Promise<Response> {
+    const body = await readJson(request, { maxBytes: MAX_BODY_BYTES });
+    const entry = newPointChange(body, { sign, headerKey: headerKeyOf(request) });
+    const outcome = await change(entry);
+    if (outcome !== "changed" && outcome !== "replayed") throw refusedChange(entry, outcome);
+    return Response.json({ messages: [message] }, { headers: replayed(outcome) });
+  }
+
+  /** The story of a reservation that must be there. */
+  async function tell(id: string): Promise<ReservationStory> {
+    const story = await findReservation(database, id);
+    if (!story) throw notFound("reservation not found", `no reservation has the id ${id}`);
+    return story;
+  }
+
+  const known: { method: string; path: string }[] = [];
   // Without it a host of three characters is taken for a part of the path.
   const app = new Elysia({ handler: { standardHostname: false } })
     // Before the routes: a handler that is registered after them does not fire.
     .onError({ as: "global" }, ({ error, request }) =>
       // Not by `code`, which Elysia takes from any error that has one: a DomainError's NOT_FOUND is another thing.
-      problemOf(error instanceof NotFoundError ? noRoute(request, routes) : error, logger),
+      problemOf(error instanceof NotFoundError ? noRoute(request, known) : error, logger),
     )
-    .use(
-      openapi({
-        provider: null,
-        documentation: {
-          info: {
-            title: "pointservice",
-            version,
-            description: "Grants points at a promised time: once, not twice, not early, not lost.",
-          },
-        },
-      }),
-    )
-    .get("/", ok, describe("The process lives", { 200: Messages }))
-    .get("/health", ok, describe("The process lives", { 200: Messages }))
+    .use(openapi({ documentation: { info: { title: "pointservice", version, description: ABOUT } } }))
+    .get("/", ok, routes.health)
+    .get("/health", ok, routes.health)
     .get(
       "/ready",
       async () => ((await isReadyInTime(() => pingDatabase(database).then(() => true))) ? ok() : notReady()),
-      describe("MySQL answers", { 200: Messages, 503: Problem }),
+      routes.ready,
     )
     .post(
       "/point/reserve",
       async ({ request }) => {
-        const headerKey = request.headers.get("idempotency-key") ?? undefined;
-        const outcome = await reserve(newReservation(await readJson(request), headerKey));
-        if (outcome.kind === "conflict") {
-          throw new DomainError(
-            "IDEMPOTENCY_CONFLICT",
-            "The idempotency key was used before, with another user_id, point_amount or execute_at",
-            [
-              {
-                sentence: "idempotency key is used with other content",
-                explanation: "one key must always come with the same content; nothing was reserved",
-              },
-            ],
-          );
-        }
-        const { id, executeAt } = outcome.reservation;
-        return Response.json(
-          { reservation_id: id, status: "PENDING", execute_at: executeAt.toISOString() },
-          {
-            status: 201,
-            headers: {
-              location: `/point/reservations/${id}`,
-              ...(outcome.kind === "replayed" && { "idempotent-replayed": "true" }),
-            },
-          },
-        );
+        const body = await readJson(request, { maxBytes: MAX_BODY_BYTES });
+        const outcome = await reserve(newReservation(body, headerKeyOf(request)));
+        if (outcome.kind === "conflict") throw keyConflict([KEY_CONFLICT]);
+        const reserved = reservedOf(outcome.reservation);
+        const location = `/point/reservations/${reserved.reservation_id}`;
+        return Response.json(reserved, { status: 201, headers: { location, ...replayed(outcome.kind) } });
       },
-      {
-        parse: "none",
-        detail: {
-          ...describe("Promise points at a time", {
-            201: Reserved,
-            ...Object.fromEntries([400, 413, 415, 422, 503].map((status) => [status, Problem])),
-          }).detail,
-          parameters: [
-            {
-              name: "Idempotency-Key",
-              in: "header",
-              required: false,
-              description: "the same as the field idempotency_key; where both are given they must be equal",
-              schema: { type: "string" },
-            },
-          ],
-          requestBody: {
-            required: true,
-            content: { "application/json": { schema: ReservationCreateInput as never } },
-          },
-        },
-      },
+      routes.reserve,
     )
+    .post("/point/reserve/bulk", ({ request }) => reserveBulk(request), routes.reserveBulk)
     .get(
       "/point/reservations/:id",
+      async ({ params }) => Response.json(storyOf(await tell(parseReservationId(params.id)))),
+      routes.readReservation,
+    )
+    .delete(
+      "/point/reservations/:id",
       async ({ params }) => {
-        const found = await findReservation(database, parseReservationId(params.id));
-        if (!found) throw notFound("reservation not found", `no reservation has the id ${params.id}`);
-        return Response.json({
-          reservation_id: found.id,
-          user_id: found.userId,
-          point_amount: found.pointAmount,
-          idempotency_key: found.idempotencyKey,
-          status: found.status,
-          execute_at: found.executeAt,
-          next_scan_at: found.scanAt,
-          attempts: found.attempts,
-          last_error: found.lastError,
-          granted_at: found.grantedAt,
-          late_ms: found.grantedAt && found.grantedAt.getTime() - found.executeAt.getTime(),
-          created_at: found.createdAt,
-          updated_at: found.updatedAt,
-        });
+        const id = parseReservationId(params.id);
+        while (!(await cancelReservation(database, id))) {
+          const story = await tell(id);
+          if (story.status === "CANCELLED") break;
+          // What is neither was tried again in between, and can be cancelled now.
+          if (story.status === "DONE" || story.status === "FAILED") throw cannotCancel(story);
+        }
+        return Response.json({ reservation_id: id, status: "CANCELLED" });
       },
-      describe("The whole story of one reservation", {
-        200: ReservationStory,
-        400: Problem,
-        404: Problem,
-        503: Problem,
-      }),
+      routes.cancel,
+    )
+    .patch(
+      "/point/reservations/:id",
+      async ({ params, request }) => {
+        const id = parseReservationId(params.id);
+        const patch = newReservationPatch(await readJson(request, { maxBytes: MAX_BODY_BYTES }));
+        const isPatched = await patchReservation(database, id, patch);
+        const story = await tell(id);
+        if (!isPatched) throw standsAgainst("change", story, "PENDING");
+        return Response.json(storyOf(story));
+      },
+      routes.patch,
+    )
+    .post(
+      "/point/reservations/:id/retry",
+      async ({ params }) => {
+        const id = parseReservationId(params.id);
+        const isRetried = await retryReservation(database, id);
+        const story = await tell(id);
+        if (!isRetried) throw standsAgainst("retry", story, "FAILED");
+        return Response.json(storyOf(story));
+      },
+      routes.retry,
+    )
+    .post(
+      "/point/campaigns/:campaign/cancel",
+      async ({ params }) => {
+        const campaign = parseCampaign(params.campaign);
+        const untilMs = performance.now() + CAMPAIGN_MS;
+        const counts = await cancelCampaign(database, campaign, { untilMs });
+        if (!counts) throw new OverloadError(`Cannot cancel all of a campaign within ${CAMPAIGN_MS} ms`);
+        if (counts.cancelled + counts.granted + counts.failed === 0) {
+          throw notFound("campaign not found", `no reservation is of the campaign ${campaign}`);
+        }
+        return Response.json(campaignCancelledOf(campaign, counts));
+      },
+      routes.cancelAll,
     )
     .get(
       "/users/:user_id/points",
-      async ({ params }) => {
+      async ({ params, request }) => {
         const userId = parseUserId(params.user_id);
-        const balance = await findBalance(database, userId);
-        if (!balance) throw notFound("user not found", `the user ${userId} never got points`);
-        // JSON's numbers have no limit, but JavaScript's have: all digits of a BIGINT go out as they are.
-        const body = `{"user_id":"${userId}","point_num":${balance.pointNum},"updated_at":"${balance.updatedAt.toISOString()}"}`;
-        return new Response(body, { headers: { "content-type": "application/json;charset=utf-8" } });
+        const { at } = parseQuery(request, routes.PointsQuery, { at: timeRule });
+        if (at === undefined) {
+          const holdings = await findHoldings(database, userId);
+          if (!holdings) throw unknownUser(userId);
+          return Response.json(balanceOf(userId, holdings));
+        }
+        const time = parseTime(at, "at") as Date;
+        const balance = await findBalanceAt(database, userId, time);
+        if (!balance) throw unknownUser(userId);
+        return Response.json(balanceAtOf(userId, { ...balance, at: time }));
       },
-      describe("What a user has", { 200: Balance, 400: Problem, 404: Problem, 503: Problem }),
+      routes.readPoints,
+    )
+    .get(
+      "/users/:user_id/reserved-points",
+      async ({ params, request }) => {
+        const userId = parseUserId(params.user_id);
+        const query = parseQuery(request, routes.ReservedPointsQuery, {
+          status: statusRule,
+          campaign: campaignRule,
+          limit: limitRule,
+          cursor: cursorRule,
+        });
+        const page = pageOf(query);
+        const found = await listReservations(database, userId, { ...page, ...query });
+        return Response.json({
+          reserved_points: found.slice(0, page.limit).map(reservedPointOf),
+          next_cursor: nextCursor(
+            found.map(({ executeAt, id }) => ({ time: executeAt, id })),
+            page.limit,
+          ),
+        });
+      },
+      routes.listReserved,
+    )
+    .get(
+      "/users/:user_id/transactions",
+      async ({ params, request }) => {
+        const userId = parseUserId(params.user_id);
+        const rules = { limit: limitRule, cursor: cursorRule };
+        const page = pageOf(parseQuery(request, routes.TransactionsQuery, rules));
+        const found = await listTransactions(database, userId, page);
+        return Response.json({
+          transactions: found.slice(0, page.limit).map(transactionOf),
+          next_cursor: nextCursor(
+            found.map(({ createdAt, id }) => ({ time: createdAt, id })),
+            page.limit,
+          ),
+        });
+      },
+      routes.listLedger,
+    )
+    .put("/point/add", ({ request }) => changeBalance(request, 1, "point updated"), routes.add)
+    .put("/point/sub", ({ request }) => changeBalance(request, -1, "point subtracted"), routes.sub)
+    .get(
+      "/point/confirm",
+      async ({ request }) => {
+        const { user_id } = parseQuery(request, routes.ConfirmQuery, { user_id: userIdRule });
+        const balance = await findBalance(database, user_id);
+        if (!balance) {
+          throw refused("Cannot confirm points", "user not found", `the user ${user_id} never got any`);
+        }
+        return Response.json({ messages: [`userID: ${user_id}`, `pointNum: ${balance.pointNum}`] });
+      },
+      routes.confirm,
     );
-  routes.push(...app.routes);
+  known.push(...app.routes);
   return app;
 }
+
+/** What a typed client is made of. */
+export type App = ReturnType<typeof createApp>;
 
 function ok(): Response {
   return Response.json({ messages: ["ok"] });
 }
 
+function headerKeyOf(request: Request): string | undefined {
+  return request.headers.get("idempotency-key") ?? undefined;
+}
+
+function replayed(outcome: string): Record<string, string> {
+  return outcome === "replayed" ? { "idempotent-replayed": "true" } : {};
+}
+
+/**
+ * Reads the query of a URL by the schema that describes it.
+ *
+ * @throws {DomainError} INVALID_INPUT, with one broken rule for each
+ */
+function parseQuery<Schema extends TObject>(request: Request, schema: Schema, rules: FieldRules<Schema>) {
+  const query = readQuery(request, schema);
+  refuseBroken(brokenFieldRules(schema, query, rules), "query");
+  return query as Static<Schema>;
+}
+
+function refused(what: string, sentence: string, explanation: string): DomainError {
+  return new DomainError("INVALID_INPUT", what, [{ sentence, explanation }]);
+}
+
 function notFound(sentence: string, explanation: string): DomainError {
   return new DomainError("NOT_FOUND", "Not found", [{ sentence, explanation }]);
+}
+
+function unknownUser(userId: string): DomainError {
+  return notFound("user not found", `the user ${userId} never got points, and none are to come`);
+}
+
+function keyConflict(broken: BrokenRule[]): DomainError {
+  return new DomainError(
+    "IDEMPOTENCY_CONFLICT",
+    "The idempotency key was used before, with other content",
+    broken,
+  );
+}
+
+/** All or none: throws where one of the rows has a key that was used with other content. */
+function refuseConflicts(outcomes: readonly CreateOutcome[]): void {
+  const broken = outcomes.flatMap(({ kind }, index) =>
+    kind === "conflict" ? [atRow(index, KEY_CONFLICT)] : [],
+  );
+  if (broken.length > 0) throw keyConflict(broken);
+}
+
+function refusedChange({ userId, pointAmount }: PointTransaction, outcome: RefusedChange): DomainError {
+  const what = `Cannot ${pointAmount > 0 ? "add" : "subtract"} ${Math.abs(pointAmount)} points`;
+  switch (outcome) {
+    case "conflict":
+      return keyConflict([KEY_CONFLICT]);
+    case "unknown_user":
+      return refused(what, "user not found", `the user ${userId} never got any`);
+    case "too_few":
+      return refused(what, "points must be greater than 0", `the balance of ${userId} would fall below 0`);
+    case "too_many":
+      return refused(
+        what,
+        `points must be at most ${MAX_POINT_NUM}`,
+        `the balance of ${userId} would be more than ${MAX_POINT_NUM}`,
+      );
+  }
+}
+
+function cannotCancel(story: ReservationStory): DomainError {
+  const [sentence, explanation] = story.grantedAt
+    ? [
+        "reservation was granted",
+        `it was granted at ${story.grantedAt.toISOString()} by the ledger entry ${story.transactionId}`,
+      ]
+    : [`reservation is ${story.status}`, `it is ${story.status}, and no points come of it`];
+  return conflict("cancel", story, { sentence, explanation });
+}
+
+function standsAgainst(verb: string, story: ReservationStory, status: ReservationStatus): DomainError {
+  return conflict(verb, story, {
+    sentence: `reservation is not ${status}`,
+    explanation: `it is ${story.status}, and only what is ${status} can be ${verb === "retry" ? "tried again" : "changed"}`,
+  });
+}
+
+function conflict(verb: string, story: ReservationStory, broken: BrokenRule): DomainError {
+  return new DomainError("CONFLICT", `Cannot ${verb} the reservation`, [broken], standOf(story));
 }
 
 function isHealth(request: Request): boolean {
@@ -257,79 +432,6 @@ function notReady(): Response {
   return problem(503, "MySQL does not answer", { errors: ["not ready"], headers: { "retry-after": "1" } });
 }
 
-/** What OpenAPI tells of a route. */
-function describe(summary: string, answers: Record<number, unknown>) {
-  const responses = Object.entries(answers).map(([status, schema]) => {
-    const type = Number(status) < 400 ? "application/json" : "application/problem+json";
-    const description = Number(status) < 400 ? summary : titleOf(Number(status));
-    return [status, { description, content: { [type]: { schema: schema as never } } }];
-  });
-  return { detail: { summary, responses: Object.fromEntries(responses) } };
-}
-
-/**
- * Reads a body of JSON in UTF-8, 64 KiB at most.
- *
- * @throws {HttpError} 415, 413
- * @throws {DomainError} INVALID_INPUT
- */
-async function readJson(request: Request): Promise<unknown> {
-  const type = request.headers.get("content-type") ?? undefined;
-  const encoding = request.headers.get("content-encoding") ?? "identity";
-  if (!type || !/^application\/json\s*(;\s*charset="?utf-8"?\s*)?$/i.test(type) || encoding !== "identity") {
-    throw new HttpError(
-      415,
-      "content type must be application/json",
-      `The body must be application/json in UTF-8, not compressed: received content-type ${showValue(type)}, content-encoding ${showValue(encoding)}`,
-    );
-  }
-  const tooLarge = new HttpError(
-    413,
-    "body is too large",
-    `The body must not be larger than ${MAX_BODY_BYTES} bytes`,
-  );
-  if (Number(request.headers.get("content-length")) > MAX_BODY_BYTES) throw tooLarge;
-  const chunks: Uint8Array[] = [];
-  let bytes = 0;
-  try {
-    for await (const chunk of request.body ?? []) {
-      bytes += chunk.byteLength;
-      if (bytes > MAX_BODY_BYTES) throw tooLarge;
-      chunks.push(chunk);
-    }
-  } catch (error) {
-    if (error === tooLarge) throw error;
-    throw new HttpError(400, "body is incomplete", `The body broke off after ${bytes} bytes`);
-  }
-  try {
-    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(Buffer.concat(chunks)));
-  } catch {
-    throw new DomainError("INVALID_INPUT", "The body breaks a rule", [
-      {
-        sentence: "body must be JSON",
-        explanation: `the body must be JSON in UTF-8: received ${bytes} bytes that are not`,
-      },
-    ]);
-  }
-}
-
-/** A path that has other methods is 405 and names them; any other is 404. */
-function noRoute(request: Request, routes: readonly { method: string; path: string }[]): HttpError {
-  const { pathname } = new URL(request.url);
-  const methods = routes
-    .filter(({ path }) =>
-      new RegExp(`^${path.replace(/:\w+/g, "[^/]+").replace(/\/$/, "")}/?$`).test(pathname),
-    )
-    .flatMap(({ method }) => (method === "GET" ? ["GET", "HEAD"] : [method]));
-  if (methods.length === 0) {
-    return new HttpError(404, "route not found", `There is nothing at ${showValue(pathname)}`);
-  }
-  const allow = [...new Set(methods)].join(", ");
-  return new HttpError(405, "method not allowed", `${pathname} takes ${allow}: received ${request.method}`, {
-    allow,
-  });
-}
-
 /** The answer to anything that was thrown. What is not of the domain says nothing of the inside. */
 function problemOf(error: unknown, logger: Logger): Response {
   if (error instanceof HttpError) {
@@ -338,8 +440,10 @@ function problemOf(error: unknown, logger: Logger): Response {
   const status = error instanceof DomainError && STATUS[error.code];
   if (error instanceof DomainError && status) {
     const rules = error.brokenRules;
-    const detail = `${error.message}: ${rules.map(({ explanation }) => explanation).join("; ")}`;
-    return problem(status, detail, { errors: rules.map(({ sentence }) => sentence) });
+    const shown = rules.slice(0, MAX_EXPLAINED).map(({ explanation }) => explanation);
+    const more = rules.length > shown.length ? `; and ${rules.length - shown.length} more` : "";
+    const detail = `${error.message}: ${shown.join("; ")}${more}`;
+    return problem(status, detail, { errors: rules.map(({ sentence }) => sentence), facts: error.facts });
   }
   const requestId = uuidv7();
   const isBusy =

@@ -7,6 +7,7 @@ export class ForeseenError extends Error {
 export type DomainErrorCode =
   | "INVALID_INPUT"
   | "NOT_FOUND"
+  | "CONFLICT"
   | "IDEMPOTENCY_CONFLICT"
   | "UNREADABLE_MESSAGE"
   | "INVALID_SETTING"
@@ -29,6 +30,8 @@ export class DomainError extends ForeseenError {
     readonly code: DomainErrorCode,
     message: string,
     readonly brokenRules: readonly BrokenRule[] = [],
+    /** What a program may want to know about it, by name. */
+    readonly facts?: Record<string, unknown>,
   ) {
     super(message);
   }

@@ -1,6 +1,14 @@
 import { type Static, Type } from "@sinclair/typebox";
-import { TypeCompiler } from "@sinclair/typebox/compiler";
-import { type BrokenRule, DomainError, showValue } from "./errors.ts";
+import { v7 as uuidv7 } from "uuid";
+import {
+  amountRule,
+  brokenFieldRules,
+  brokenHeaderKeyRules,
+  IdempotencyKey,
+  idempotencyKeyRule,
+  refuseBroken,
+  ruleOf,
+} from "./input.ts";
 
 /** Who holds points. Case matters: `User1` and `user1` are two users. */
 export const UserId = Type.String({
@@ -11,6 +19,8 @@ export const UserId = Type.String({
 
 /** The largest amount of one grant, the same as MySQL's INT. */
 export const MAX_POINT_AMOUNT = 2_147_483_647;
+/** The largest balance, the same as MySQL's BIGINT. */
+export const MAX_POINT_NUM = 9_223_372_036_854_775_807n;
 
 /** How many points one grant gives. */
 export const PointAmount = Type.Integer({
@@ -24,43 +34,15 @@ export const PointAmount = Type.Integer({
 export interface PointTransaction {
   idempotencyKey: string;
   userId: Static<typeof UserId>;
-  pointAmount: Static<typeof PointAmount>;
+  /** Negative where points are taken. */
+  pointAmount: number;
 }
 
-const userIdCheck = TypeCompiler.Compile(UserId);
-
-/** Says which rule `user_id` breaks, or nothing where it breaks none. */
-export function brokenUserIdRule(value: unknown): BrokenRule | undefined {
-  if (userIdCheck.Check(value)) return undefined;
-  return {
-    sentence: "user id is invalid format",
-    explanation: `user_id must be 1 to 20 of A-Z, a-z and 0-9: received ${showValue(value)}`,
-  };
-}
-
-/** Says which rule `point_amount` breaks, or nothing where it breaks none. */
-export function brokenPointAmountRule(value: unknown): BrokenRule | undefined {
-  const received = `received ${showValue(value)}`;
-  if (value !== undefined && !(typeof value === "number" && Number.isInteger(value))) {
-    return {
-      sentence: "point amount must be an integer",
-      explanation: `point_amount must be a JSON number without a fraction: ${received}`,
-    };
-  }
-  if (value === undefined || value < 1) {
-    return {
-      sentence: "point amount must be greater than 0",
-      explanation: `point_amount must be an integer from 1 to ${MAX_POINT_AMOUNT}: ${received}`,
-    };
-  }
-  if (value > MAX_POINT_AMOUNT) {
-    return {
-      sentence: `point amount must be at most ${MAX_POINT_AMOUNT}`,
-      explanation: `point_amount must be an integer from 1 to ${MAX_POINT_AMOUNT}: ${received}`,
-    };
-  }
-  return undefined;
-}
+export const userIdRule = ruleOf(UserId, {
+  sentence: "user id is invalid format",
+  must: "1 to 20 of A-Z, a-z and 0-9",
+});
+export const pointAmountRule = amountRule(PointAmount, "point amount");
 
 /**
  * Reads a user id from outside.
@@ -68,7 +50,61 @@ export function brokenPointAmountRule(value: unknown): BrokenRule | undefined {
  * @throws {DomainError} INVALID_INPUT
  */
 export function parseUserId(value: unknown): string {
-  const broken = brokenUserIdRule(value);
-  if (broken) throw new DomainError("INVALID_INPUT", "The user id breaks a rule", [broken]);
+  const broken = userIdRule(value, "user_id");
+  refuseBroken(broken ? [broken] : [], "user id");
   return value as string;
+}
+
+/** The body of `PUT /point/add` and `PUT /point/sub`. */
+export const PointChangeInput = Type.Object(
+  {
+    user_id: UserId,
+    point_num: Type.Integer({
+      minimum: 1,
+      maximum: MAX_POINT_AMOUNT,
+      description: "points to add or to subtract; a JSON number, not a string",
+      examples: [100],
+    }),
+    idempotency_key: Type.Optional(IdempotencyKey),
+  },
+  { additionalProperties: false },
+);
+
+const POINT_CHANGE_RULES = {
+  user_id: userIdRule,
+  point_num: amountRule(PointChangeInput.properties.point_num, "point num"),
+  idempotency_key: idempotencyKeyRule,
+};
+
+/**
+ * Keys of entries that no reservation made. No client's key has a colon, so that an addition can never be taken for the
+ * grant of a reservation with the same key.
+ */
+export const DIRECT = "direct:";
+
+/**
+ * Makes a ledger entry of what a client sent, without a reservation.
+ *
+ * @param input the parsed body, of any shape
+ * @param options.sign 1 to add, -1 to subtract
+ * @throws {DomainError} INVALID_INPUT, with one broken rule for each
+ */
+export function newPointChange(
+  input: unknown,
+  { sign, headerKey }: { sign: 1 | -1; headerKey?: string | undefined },
+): PointTransaction {
+  const bodyKey = (input as { idempotency_key?: unknown } | null)?.idempotency_key;
+  const broken = brokenFieldRules(PointChangeInput, input, POINT_CHANGE_RULES);
+  refuseBroken([...broken, ...brokenHeaderKeyRules(headerKey, bodyKey)], "change of points");
+  const { user_id, point_num, idempotency_key } = input as Static<typeof PointChangeInput>;
+  return {
+    userId: user_id,
+    pointAmount: sign * point_num,
+    idempotencyKey: `${DIRECT}${idempotency_key ?? headerKey ?? uuidv7()}`,
+  };
+}
+
+/** The key as the client knows it. */
+export function clientKeyOf(idempotencyKey: string): string {
+  return idempotencyKey.startsWith(DIRECT) ? idempotencyKey.slice(DIRECT.length) : idempotencyKey;
 }

@@ -1,7 +1,7 @@
-import { eq } from "drizzle-orm";
+import { asc, eq, inArray } from "drizzle-orm";
 import { v7 as uuidv7 } from "uuid";
-import type { Connection, Database } from "./database.ts";
-import type { PointTransaction } from "./point.ts";
+import { type Connection, type Database, DatabaseError } from "./database.ts";
+import { DIRECT, MAX_POINT_NUM, type PointTransaction } from "./point.ts";
 import { type BalanceRow, type LedgerRow, pointRoot, pointTransactions } from "./schema.ts";
 
 /**
@@ -10,6 +10,14 @@ import { type BalanceRow, type LedgerRow, pointRoot, pointTransactions } from ".
  * @throws {DatabaseError} `duplicate` where a key has its entry already, `out_of_range` where a balance would overflow
  */
 export async function addPointsIdempotent(
+  connection: Connection,
+  entries: readonly PointTransaction[],
+): Promise<void> {
+  await insertLedgerEntries(connection, entries);
+  await upsertBalances(connection, [...sumByUser(entries)]);
+}
+
+async function insertLedgerEntries(
   connection: Connection,
   entries: readonly PointTransaction[],
 ): Promise<void> {
@@ -24,12 +32,15 @@ export async function addPointsIdempotent(
       ]),
     ],
   );
-  // Sorted by user: two workers that lock balances in different orders deadlock.
-  const sums = [...sumByUser(entries)].sort(([a], [b]) => (a < b ? -1 : 1));
+}
+
+async function upsertBalances(connection: Connection, sums: [string, number][]): Promise<void> {
+  if (sums.length === 0) return;
   await connection.execute(
     `insert into point_root (user_id, point_num) values ?
      on duplicate key update point_num = point_num + values(point_num)`,
-    [sums],
+    // Sorted by user: two workers that lock balances in different orders deadlock.
+    [sums.toSorted(([a], [b]) => (a < b ? -1 : 1))],
   );
 }
 
@@ -51,6 +62,117 @@ export async function findLedgerEntry(
   return entry;
 }
 
+/** What became of a change of points that no reservation made. */
+export type ChangeOutcome =
+  | "changed"
+  /** The same key came with the same content before; nothing was changed again. */
+  | "replayed"
+  /** The same key came with other content before. */
+  | "conflict"
+  /** There is less than what shall be subtracted. */
+  | "too_few"
+  /** There would be more than a balance can hold. */
+  | "too_many"
+  /** Points shall be taken from somebody who never got any. */
+  | "unknown_user";
+
+/** How often a batch starts whose keys another one was just using. */
+const MAX_TRIES = 3;
+
+/**
+ * Adds to and subtracts from balances, with a ledger entry each, in one transaction: what cannot be done affects only
+ * itself. Each sees what those before it in the batch have left.
+ */
+export async function changePoints(
+  database: Database,
+  batch: readonly PointTransaction[],
+): Promise<ChangeOutcome[]> {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await database.transaction((connection) => changeTogether(connection, batch));
+    } catch (error) {
+      // Somebody else has used a key since it was looked up: now its entry is there to be found.
+      const mayPass = error instanceof DatabaseError && error.kind === "duplicate";
+      if (!mayPass || attempt === MAX_TRIES) throw error;
+    }
+  }
+}
+
+async function changeTogether(
+  connection: Connection,
+  batch: readonly PointTransaction[],
+): Promise<ChangeOutcome[]> {
+  const balances = await lockBalances(connection, new Set(batch.map(({ userId }) => userId)));
+  const entries = await findLedgerEntries(
+    connection,
+    batch.map(({ idempotencyKey }) => idempotencyKey),
+  );
+  const known = new Map<string, Omit<PointTransaction, "idempotencyKey">>(entries);
+  const left = new Map(balances);
+  const accepted: PointTransaction[] = [];
+  const outcomes = batch.map((change): ChangeOutcome => {
+    const { idempotencyKey, userId, pointAmount } = change;
+    const first = known.get(idempotencyKey);
+    if (first) {
+      return first.userId === userId && first.pointAmount === pointAmount ? "replayed" : "conflict";
+    }
+    const before = left.get(userId);
+    if (before === undefined && pointAmount < 0) return "unknown_user";
+    const after = (before ?? 0n) + BigInt(pointAmount);
+    if (after < 0n) return "too_few";
+    if (after > MAX_POINT_NUM) return "too_many";
+    left.set(userId, after);
+    known.set(idempotencyKey, change);
+    accepted.push(change);
+    return "changed";
+  });
+  if (accepted.length > 0) {
+    await insertLedgerEntries(connection, accepted);
+    const sums = [...sumByUser(accepted)];
+    await addToKnown(
+      connection,
+      sums.filter(([userId]) => balances.has(userId)),
+    );
+    await upsertBalances(
+      connection,
+      sums.filter(([userId]) => !balances.has(userId)),
+    );
+  }
+  return outcomes;
+}
+
+/** Locks balances in the order of their users, as the grant does; users without one are left out. */
+async function lockBalances({ drizzle }: Connection, userIds: Set<string>): Promise<Map<string, bigint>> {
+  const rows = await drizzle
+    .select({ userId: pointRoot.userId, pointNum: pointRoot.pointNum })
+    .from(pointRoot)
+    .where(inArray(pointRoot.userId, [...userIds]))
+    .orderBy(asc(pointRoot.userId))
+    .for("update");
+  return new Map(rows.map(({ userId, pointNum }) => [userId, pointNum]));
+}
+
+async function findLedgerEntries({ drizzle }: Connection, keys: string[]) {
+  const rows = await drizzle
+    .select()
+    .from(pointTransactions)
+    .where(inArray(pointTransactions.idempotencyKey, keys));
+  return rows.map((row) => [row.idempotencyKey, row] as const);
+}
+
+/** Not by the upsert: MySQL would check the row that it does not insert, whose points may be negative. */
+async function addToKnown(
+  connection: Connection,
+  sums: readonly (readonly [string, number])[],
+): Promise<void> {
+  if (sums.length === 0) return;
+  await connection.execute(
+    `update point_root set point_num = point_num + case user_id ${"when ? then ? ".repeat(sums.length)} end
+     where user_id in (?)`,
+    [...sums.flat(), sums.map(([userId]) => userId)],
+  );
+}
+
 /** What a user has, or undefined where the user never got points. */
 export async function findBalance(database: Database, userId: string): Promise<BalanceRow | undefined> {
   const [balance] = await database.run(({ drizzle }) =>
@@ -59,9 +181,12 @@ export async function findBalance(database: Database, userId: string): Promise<B
   return balance;
 }
 
-/** Sums that must agree, and counts that must be 0. */
+/** Sums that must agree, and counts that must be 0: reservations and direct changes make the ledger, the ledger the balances. */
 export interface Reconciliation {
+  /** What reservations that are DONE have granted. */
   reservations: bigint;
+  /** What was added and subtracted without a reservation. */
+  direct: bigint;
   ledger: bigint;
   balances: bigint;
   /** Users whose balance is not the sum of their ledger entries. */
@@ -78,9 +203,12 @@ export async function reconcile(database: Database): Promise<Reconciliation> {
   type Row = Record<Exclude<keyof Reconciliation, "agree">, string | number>;
   // One statement, hence one snapshot: a grant between two statements would look like a difference.
   const [row] = await database.run((connection) =>
-    connection.select<Row>(`
+    connection.select<Row>(
+      `
       select
         (select coalesce(sum(point_amount), 0) from point_reservations where status = 'DONE') reservations,
+        (select coalesce(sum(point_amount), 0) from point_transactions
+          where idempotency_key like ?) direct,
         (select coalesce(sum(point_amount), 0) from point_transactions) ledger,
         (select coalesce(sum(point_num), 0) from point_root) balances,
         (select count(*) from (
@@ -96,18 +224,21 @@ export async function reconcile(database: Database): Promise<Reconciliation> {
           where (r.status = 'DONE') <> (t.id is not null)) reservationsApart,
         (select count(*) from point_transactions t
           join point_reservations r on r.idempotency_key = t.idempotency_key
-          where t.created_at < r.execute_at) early`),
+          where t.created_at < r.execute_at) early`,
+      [`${DIRECT}%`],
+    ),
   );
   if (!row) throw new Error("A SELECT without a table gave no row");
-  const [reservations, ledger, balances] = [
-    BigInt(row.reservations),
-    BigInt(row.ledger),
-    BigInt(row.balances),
-  ];
+  const [reservations, direct, ledger, balances] = [
+    row.reservations,
+    row.direct,
+    row.ledger,
+    row.balances,
+  ].map(BigInt) as [bigint, bigint, bigint, bigint];
   const [usersApart, reservationsApart, early] = [row.usersApart, row.reservationsApart, row.early].map(
     Number,
   ) as [number, number, number];
   const agree =
-    reservations === ledger && ledger === balances && usersApart + reservationsApart + early === 0;
-  return { reservations, ledger, balances, usersApart, reservationsApart, early, agree };
+    reservations + direct === ledger && ledger === balances && usersApart + reservationsApart + early === 0;
+  return { reservations, direct, ledger, balances, usersApart, reservationsApart, early, agree };
 }

@@ -1,7 +1,7 @@
-import { and, asc, eq, inArray, sql } from "drizzle-orm";
+import { and, asc, eq, gt, inArray, or, sql } from "drizzle-orm";
 import type { Connection, Database } from "./database.ts";
-import type { Reservation, ReservationStatus } from "./reservation.ts";
-import { pointTransactions, pointReservations as reservations } from "./schema.ts";
+import type { Reservation, ReservationPatch, ReservationStatus } from "./reservation.ts";
+import { pointReservations as reservations } from "./schema.ts";
 
 /** The columns that make a `Reservation`. */
 const COLUMNS = {
@@ -10,7 +10,11 @@ const COLUMNS = {
   pointAmount: reservations.pointAmount,
   executeAt: reservations.executeAt,
   idempotencyKey: reservations.idempotencyKey,
+  campaign: reservations.campaign,
 };
+
+/** Where points may still come: neither granted, nor failed, nor cancelled. */
+const OPEN: ReservationStatus[] = ["PENDING", "PROCESSING"];
 
 /** What became of a request to reserve. */
 export type CreateOutcome =
@@ -20,31 +24,44 @@ export type CreateOutcome =
   /** The same key came with other content before. */
   | { kind: "conflict" };
 
+/** The most rows of one INSERT. */
+const INSERT_ROWS = 1_000;
+
 /**
- * Inserts reservations in one statement. It commits before it returns; run twice, it inserts once. A key that is taken,
- * also by another one of the same batch, affects only its own reservation.
+ * Inserts reservations, up to 1,000 in one statement; run twice, it inserts once. A key that is taken, also by another
+ * one of the same batch, affects only its own reservation.
  */
 export async function createReservations(
-  database: Database,
+  connection: Connection,
   batch: readonly Reservation[],
 ): Promise<CreateOutcome[]> {
-  const rows = batch.map(({ id, userId, pointAmount, executeAt, idempotencyKey }) => [
+  const outcomes: CreateOutcome[] = [];
+  for (let at = 0; at < batch.length; at += INSERT_ROWS) {
+    outcomes.push(...(await insertTogether(connection, batch.slice(at, at + INSERT_ROWS))));
+  }
+  return outcomes;
+}
+
+async function insertTogether(
+  connection: Connection,
+  batch: readonly Reservation[],
+): Promise<CreateOutcome[]> {
+  const rows = batch.map(({ id, userId, pointAmount, executeAt, idempotencyKey, campaign }) => [
     id,
     userId,
     pointAmount,
     executeAt,
     executeAt,
     idempotencyKey,
+    campaign,
   ]);
-  const stored = await database.run(async (connection) => {
-    // Not INSERT IGNORE, which also swallows truncation and would give a long user id's points to somebody else.
-    const { affectedRows } = await connection.execute(
-      `insert into point_reservations (id, user_id, point_amount, execute_at, scan_at, idempotency_key)
-       values ? on duplicate key update id = id`,
-      [rows],
-    );
-    return affectedRows === batch.length ? undefined : findByIdempotencyKeys(connection, batch);
-  });
+  // Not INSERT IGNORE, which also swallows truncation and would give a long user id's points to somebody else.
+  const { affectedRows } = await connection.execute(
+    `insert into point_reservations (id, user_id, point_amount, execute_at, scan_at, idempotency_key, campaign)
+     values ? on duplicate key update id = id`,
+    [rows],
+  );
+  const stored = affectedRows === batch.length ? undefined : await findByIdempotencyKeys(connection, batch);
   return batch.map((reservation) => {
     if (!stored) return { kind: "created", reservation };
     const first = stored.get(reservation.idempotencyKey);
@@ -56,9 +73,19 @@ export async function createReservations(
   });
 }
 
+/** What was reserved first under these keys, whatever it was patched to since. */
 async function findByIdempotencyKeys(connection: Connection, batch: readonly Reservation[]) {
   const found: Reservation[] = await connection.drizzle
-    .select(COLUMNS)
+    .select({
+      ...COLUMNS,
+      pointAmount:
+        sql<number>`coalesce(${reservations.originalPointAmount}, ${reservations.pointAmount})`.mapWith(
+          reservations.pointAmount,
+        ),
+      executeAt: sql<Date>`coalesce(${reservations.originalExecuteAt}, ${reservations.executeAt})`.mapWith(
+        reservations.executeAt,
+      ),
+    })
     .from(reservations)
     .where(
       inArray(
@@ -73,28 +100,156 @@ function hasSameContent(first: Reservation, second: Reservation): boolean {
   return (
     first.userId === second.userId &&
     first.pointAmount === second.pointAmount &&
-    first.executeAt.getTime() === second.executeAt.getTime()
+    first.executeAt.getTime() === second.executeAt.getTime() &&
+    first.campaign === second.campaign
   );
 }
 
-/** One reservation with the time of its ledger entry, or undefined where there is none of that id. */
-export async function findReservation(database: Database, id: string) {
-  const [found] = await database.run(({ drizzle }) =>
+/**
+ * PENDING or PROCESSING → CANCELLED. The grant locks the same row: one of the two comes first, and the other finds it
+ * over. A message that is in the queue already changes nothing.
+ *
+ * @returns whether this call cancelled it
+ */
+export async function cancelReservation(database: Database, id: string): Promise<boolean> {
+  return database.run(async ({ drizzle }) => {
+    const [{ affectedRows }] = await drizzle
+      .update(reservations)
+      .set({ status: "CANCELLED", scanAt: null })
+      .where(and(eq(reservations.id, id), inArray(reservations.status, OPEN)));
+    return affectedRows === 1;
+  });
+}
+
+/** How many reservations of a campaign have ended in which way. */
+export interface CampaignCounts {
+  cancelled: number;
+  granted: number;
+  failed: number;
+}
+
+/** The most reservations that are read at once, and the most that one statement cancels: a worker waits for its locks. */
+const CAMPAIGN_ROWS = 10_000;
+const CANCEL_ROWS = 1_000;
+
+/**
+ * PENDING or PROCESSING → CANCELLED for all of a campaign, up to 1,000 in one statement. What a crash interrupts is
+ * cancelled in part; the same again goes on.
+ *
+ * @param options.untilMs when to stop, by `performance.now()`
+ * @returns how its reservations have ended, whoever ended them; undefined where the time was over before all of them had
+ */
+export async function cancelCampaign(
+  database: Database,
+  campaign: string,
+  { untilMs }: { untilMs: number },
+): Promise<CampaignCounts | undefined> {
+  const counts: Record<ReservationStatus, number> = {
+    ...{ PENDING: 0, PROCESSING: 0, DONE: 0, FAILED: 0, CANCELLED: 0 },
+  };
+  let after: CampaignRow | undefined;
+  do {
+    const page = await findCampaignRows(database, campaign, after);
+    const open = page.filter(({ status }) => OPEN.includes(status)).map(({ id }) => id);
+    for (const { status } of page) if (!OPEN.includes(status)) counts[status]++;
+    for (let at = 0; at < open.length; at += CANCEL_ROWS) {
+      if (performance.now() > untilMs) return undefined;
+      for (const status of await cancelTogether(database, open.slice(at, at + CANCEL_ROWS))) counts[status]++;
+    }
+    if (performance.now() > untilMs) return undefined;
+    after = page.length === CAMPAIGN_ROWS ? page.at(-1) : undefined;
+  } while (after);
+  return { cancelled: counts.CANCELLED, granted: counts.DONE, failed: counts.FAILED };
+}
+
+type CampaignRow = Awaited<ReturnType<typeof findCampaignRows>>[number];
+
+/** A campaign in the order of its index, in which no change of status moves a row. */
+async function findCampaignRows(
+  database: Database,
+  campaign: string,
+  after: Pick<Reservation, "userId" | "executeAt" | "id"> | undefined,
+) {
+  const { id, userId, executeAt, status } = reservations;
+  return database.run(({ drizzle }) =>
     drizzle
-      .select({ reservation: reservations, grantedAt: pointTransactions.createdAt })
+      .select({ id, userId, executeAt, status })
       .from(reservations)
-      // A FAILED one may have met another grant's entry under its key: that is no grant of its own.
-      .leftJoin(
-        pointTransactions,
+      .where(
         and(
-          eq(pointTransactions.idempotencyKey, reservations.idempotencyKey),
-          eq(pointTransactions.userId, reservations.userId),
-          eq(pointTransactions.pointAmount, reservations.pointAmount),
+          eq(reservations.campaign, campaign),
+          after &&
+            or(
+              gt(userId, after.userId),
+              and(eq(userId, after.userId), gt(executeAt, after.executeAt)),
+              and(eq(userId, after.userId), eq(executeAt, after.executeAt), gt(id, after.id)),
+            ),
         ),
       )
-      .where(eq(reservations.id, id)),
+      .orderBy(asc(userId), asc(executeAt), asc(id))
+      .limit(CAMPAIGN_ROWS),
   );
-  return found && { ...found.reservation, grantedAt: found.grantedAt };
+}
+
+/** Returns where each of them stands then: CANCELLED, or over before. */
+async function cancelTogether(database: Database, ids: readonly string[]): Promise<ReservationStatus[]> {
+  return database.run(async ({ drizzle }) => {
+    const areThey = inArray(reservations.id, [...ids]);
+    const [{ affectedRows }] = await drizzle
+      .update(reservations)
+      .set({ status: "CANCELLED", scanAt: null })
+      .where(and(areThey, inArray(reservations.status, OPEN)));
+    if (affectedRows === ids.length) return ids.map(() => "CANCELLED");
+    const rows = await drizzle.select({ status: reservations.status }).from(reservations).where(areThey);
+    return rows.map(({ status }) => status);
+  });
+}
+
+/**
+ * Changes amount or time of a reservation that is PENDING; what the client reserved first is kept for replays.
+ *
+ * @returns whether there was such a reservation, PENDING
+ */
+export async function patchReservation(
+  database: Database,
+  id: string,
+  { executeAt, pointAmount }: ReservationPatch,
+): Promise<boolean> {
+  return database.transaction(async ({ drizzle }) => {
+    const isPending = and(eq(reservations.id, id), eq(reservations.status, "PENDING"));
+    const [row] = await drizzle.select().from(reservations).where(isPending).for("update");
+    if (!row) return false;
+    await drizzle
+      .update(reservations)
+      .set({
+        ...(pointAmount !== undefined && {
+          pointAmount,
+          originalPointAmount: row.originalPointAmount ?? row.pointAmount,
+        }),
+        ...(executeAt !== undefined && {
+          executeAt,
+          scanAt: executeAt,
+          originalExecuteAt: row.originalExecuteAt ?? row.executeAt,
+        }),
+      })
+      .where(isPending);
+    return true;
+  });
+}
+
+/**
+ * FAILED → PENDING, due at once and with all its attempts: an operator's second chance.
+ *
+ * @returns whether there was such a reservation, FAILED
+ */
+export async function retryReservation(database: Database, id: string): Promise<boolean> {
+  return database.run(async ({ drizzle }) => {
+    const [{ affectedRows }] = await drizzle
+      .update(reservations)
+      .set({ status: "PENDING", scanAt: inMs(0), attempts: 0 })
+      .where(and(eq(reservations.id, id), eq(reservations.status, "FAILED")));
+    return affectedRows === 1;
+  });
 }
 
 export interface ClaimedReservation extends Reservation {
@@ -135,7 +290,7 @@ export async function claimDue(
             reservations.id,
             claimed.map(({ id }) => id),
           ),
-          inArray(reservations.status, ["PENDING", "PROCESSING"]),
+          inArray(reservations.status, OPEN),
         ),
       );
     return claimed;

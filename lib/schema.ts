@@ -27,19 +27,24 @@ export const pointReservations = mysqlTable("point_reservations", {
   pointAmount: int("point_amount").notNull(),
   executeAt: time("execute_at").notNull(),
   status: varchar("status", { length: 10, enum: RESERVATION_STATUSES }).notNull(),
-  idempotencyKey: text("idempotency_key", 100).notNull(),
+  idempotencyKey: text("idempotency_key", 120).notNull(),
   scanAt: time("scan_at"),
   attempts: int("attempts").notNull(),
   lastError: text("last_error", 500),
   createdAt: time("created_at").notNull(),
   updatedAt: time("updated_at").notNull(),
+  campaign: text("campaign", 64),
+  /** What the client reserved at first, where it was patched since. */
+  originalPointAmount: int("original_point_amount"),
+  originalExecuteAt: time("original_execute_at"),
 });
 
 /** The ledger: append only. */
 export const pointTransactions = mysqlTable("point_transactions", {
   id: text("id", 36).primaryKey(),
-  idempotencyKey: text("idempotency_key", 100).notNull(),
+  idempotencyKey: text("idempotency_key", 120).notNull(),
   userId: text("user_id", 20).notNull(),
+  /** Negative for a subtraction, never 0. */
   pointAmount: int("point_amount").notNull(),
   createdAt: time("created_at").notNull(),
 });

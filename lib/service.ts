@@ -1,6 +1,7 @@
 import { type Logger, pino } from "pino";
 import { type Database, DatabaseError } from "./database.ts";
 import { DomainError, ForeseenError } from "./errors.ts";
+import { problem } from "./http.ts";
 import { retry, withDeadline } from "./loop.ts";
 
 /** How long a process may take to finish what is in hand, in milliseconds; 10 s are promised. */
@@ -153,43 +154,6 @@ export interface ListenOptions {
   port: number;
   fetch: (request: Request) => Response | Promise<Response>;
   logger: Logger;
-}
-
-const TITLES: Record<number, string> = {
-  400: "Bad Request",
-  404: "Not Found",
-  405: "Method Not Allowed",
-  413: "Content Too Large",
-  415: "Unsupported Media Type",
-  422: "Unprocessable Content",
-  500: "Internal Server Error",
-  503: "Service Unavailable",
-};
-
-/** What an HTTP status is called. */
-export function titleOf(status: number): string {
-  return TITLES[status] ?? "Error";
-}
-
-export interface ProblemOptions {
-  /** One sentence for each broken rule. */
-  errors: string[];
-  headers?: Record<string, string>;
-  /** By which the log tells more. */
-  requestId?: string;
-}
-
-/** An error as RFC 9457 has it. */
-export function problem(
-  status: number,
-  detail: string,
-  { errors, headers, requestId }: ProblemOptions,
-): Response {
-  const body = { type: "about:blank", title: titleOf(status), status, detail, errors };
-  return new Response(JSON.stringify(requestId ? { ...body, request_id: requestId } : body), {
-    status,
-    headers: { ...headers, "content-type": "application/problem+json" },
-  });
 }
 
 /**

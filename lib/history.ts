@@ -1,0 +1,205 @@
+import { and, asc, desc, eq, gt, inArray, lt, lte, or, type SQL, sql } from "drizzle-orm";
+import { unionAll } from "drizzle-orm/mysql-core";
+import type { Database } from "./database.ts";
+import type { Page, Position } from "./page.ts";
+import { RESERVATION_STATUSES, type ReservationStatus } from "./reservation.ts";
+import { pointRoot, pointReservations as reservations, pointTransactions as transactions } from "./schema.ts";
+
+/**
+ * What answers "where are my points?": the story of one reservation, and the lists and sums of one user. It only reads.
+ */
+
+/** A ledger entry is a reservation's where key, user and amount are the same: a FAILED one may have met another's entry. */
+const IS_ITS_ENTRY = and(
+  eq(transactions.idempotencyKey, reservations.idempotencyKey),
+  eq(transactions.userId, reservations.userId),
+  eq(transactions.pointAmount, reservations.pointAmount),
+);
+
+export type ReservationStory = NonNullable<Awaited<ReturnType<typeof findReservation>>>;
+
+/** One reservation with its ledger entry, or undefined where there is none of that id. */
+export async function findReservation(database: Database, id: string) {
+  const [found] = await database.run(({ drizzle }) =>
+    drizzle
+      .select({
+        reservation: reservations,
+        transactionId: transactions.id,
+        grantedAt: transactions.createdAt,
+      })
+      .from(reservations)
+      .leftJoin(transactions, IS_ITS_ENTRY)
+      .where(eq(reservations.id, id)),
+  );
+  return found && { ...found.reservation, transactionId: found.transactionId, grantedAt: found.grantedAt };
+}
+
+export interface ListOptions extends Page {
+  status?: ReservationStatus | undefined;
+  campaign?: string | undefined;
+}
+
+export interface ListedReservation {
+  id: string;
+  pointAmount: number;
+  status: ReservationStatus;
+  executeAt: Date;
+  campaign: string | null;
+}
+
+/**
+ * The reservations of a user in the order of `execute_at`, one more than `limit` where more follow. Any page costs the
+ * same: each status is read by itself, from its place in the index on.
+ */
+export async function listReservations(
+  database: Database,
+  userId: string,
+  { status, campaign, limit, after }: ListOptions,
+): Promise<ListedReservation[]> {
+  return database.run(async ({ drizzle }) => {
+    const select = (...conditions: (SQL | undefined)[]) =>
+      drizzle
+        .select({
+          id: reservations.id,
+          pointAmount: reservations.pointAmount,
+          status: reservations.status,
+          executeAt: reservations.executeAt,
+          campaign: reservations.campaign,
+        })
+        .from(reservations)
+        .where(and(eq(reservations.userId, userId), isAfter(after), ...conditions))
+        .orderBy(asc(reservations.executeAt), asc(reservations.id))
+        .limit(limit + 1);
+    if (campaign !== undefined)
+      return select(eq(reservations.campaign, campaign), status && eq(reservations.status, status));
+    if (status !== undefined) return select(eq(reservations.status, status));
+    const [first, second, ...rest] = RESERVATION_STATUSES.map((one) => select(eq(reservations.status, one)));
+    if (!first || !second) throw new Error("There are fewer than two statuses");
+    // One statement, hence one snapshot: a reservation that is claimed meanwhile is neither missed nor there twice.
+    return unionAll(first, second, ...rest)
+      .orderBy(asc(sql`execute_at`), asc(sql`id`))
+      .limit(limit + 1);
+  });
+}
+
+export interface ListedTransaction {
+  id: string;
+  idempotencyKey: string;
+  pointAmount: number;
+  createdAt: Date;
+  /** The reservation it came from, or null where it was added or subtracted directly. */
+  reservationId: string | null;
+  campaign: string | null;
+}
+
+/** The ledger of a user, newest first, one more than `limit` where more follow. */
+export async function listTransactions(
+  database: Database,
+  userId: string,
+  { limit, after }: Page,
+): Promise<ListedTransaction[]> {
+  return database.run(({ drizzle }) =>
+    drizzle
+      .select({
+        id: transactions.id,
+        idempotencyKey: transactions.idempotencyKey,
+        pointAmount: transactions.pointAmount,
+        createdAt: transactions.createdAt,
+        reservationId: reservations.id,
+        campaign: reservations.campaign,
+      })
+      .from(transactions)
+      .leftJoin(reservations, IS_ITS_ENTRY)
+      .where(
+        and(
+          eq(transactions.userId, userId),
+          after &&
+            or(
+              lt(transactions.createdAt, after.time),
+              and(eq(transactions.createdAt, after.time), lt(transactions.id, after.id)),
+            ),
+        ),
+      )
+      .orderBy(desc(transactions.createdAt), desc(transactions.id))
+      .limit(limit + 1),
+  );
+}
+
+/** What a user has, and what is still to come. */
+export interface Holdings {
+  pointNum: bigint;
+  /** When the balance changed last; null where it never did. */
+  updatedAt: Date | null;
+  /** The sum of what is neither granted, nor failed, nor cancelled. */
+  reservedPointNum: bigint;
+  /** When the next of it is due, or null where nothing is to come. */
+  nextExecuteAt: Date | null;
+}
+
+/** What a user has and will have, or undefined where the user has no balance and no reservation to come. */
+export async function findHoldings(database: Database, userId: string): Promise<Holdings | undefined> {
+  const isToCome = and(
+    eq(reservations.userId, userId),
+    inArray(reservations.status, ["PENDING", "PROCESSING"]),
+  );
+  const [found] = await database.run(({ drizzle }) => {
+    const toCome = drizzle
+      .select({
+        // MySQL gives a SUM of integers as text.
+        points: sql<bigint>`coalesce(sum(${reservations.pointAmount}), 0)`.mapWith(BigInt).as("points"),
+        nextAt: sql<Date | null>`min(${reservations.executeAt})`
+          .mapWith(reservations.executeAt)
+          .as("next_at"),
+      })
+      .from(reservations)
+      .where(isToCome)
+      .as("to_come");
+    // One statement, hence one snapshot: what is granted meanwhile is in one of the two sums, never in both or none.
+    return drizzle
+      .select({
+        pointNum: pointRoot.pointNum,
+        updatedAt: pointRoot.updatedAt,
+        reservedPointNum: toCome.points,
+        nextExecuteAt: toCome.nextAt,
+      })
+      .from(toCome)
+      .leftJoin(pointRoot, eq(pointRoot.userId, userId));
+  });
+  if (!found || (found.pointNum === null && found.nextExecuteAt === null)) return undefined;
+  return { ...found, pointNum: found.pointNum ?? 0n };
+}
+
+/**
+ * What a user had at a time, by the ledger, and when the last change before it was; undefined where the user is not known
+ * today either. A time to come gives what is there now.
+ */
+export async function findBalanceAt(
+  database: Database,
+  userId: string,
+  at: Date,
+): Promise<Pick<Holdings, "pointNum" | "updatedAt"> | undefined> {
+  const [[sum], holdings] = await Promise.all([
+    database.run(({ drizzle }) =>
+      drizzle
+        .select({
+          pointNum: sql<bigint>`coalesce(sum(${transactions.pointAmount}), 0)`.mapWith(BigInt),
+          updatedAt: sql<Date | null>`max(${transactions.createdAt})`.mapWith(transactions.createdAt),
+        })
+        .from(transactions)
+        .where(and(eq(transactions.userId, userId), lte(transactions.createdAt, at))),
+    ),
+    findHoldings(database, userId),
+  ]);
+  return holdings && sum;
+}
+
+/** What comes after a position in ascending order; spelled out, since MySQL finds no range in `(a, b) > (?, ?)`. */
+function isAfter(after: Position | undefined): SQL | undefined {
+  return (
+    after &&
+    or(
+      gt(reservations.executeAt, after.time),
+      and(eq(reservations.executeAt, after.time), gt(reservations.id, after.id)),
+    )
+  );
+}
