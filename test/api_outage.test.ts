@@ -78,7 +78,7 @@ describe("where MySQL is away, the app", () => {
 
   test("answers 503 to those who would wait too long, and still serves those who wait", async () => {
     const { promise: gate, resolve: open } = Promise.withResolvers<undefined>();
-    const slow = appOn({ ...db.database, run: () => gate as Promise<never> });
+    const slow = appOn({ ...db.database, run: (work) => gate.then(() => db.database.run(work)) });
     let refused = 0;
     const answers = Array.from({ length: 11_000 }, async () => {
       const response = await slow.send("/point/reserve", post(bodyOf()));

@@ -82,6 +82,7 @@ export async function insertReservation(
       point_amount: reservation.pointAmount,
       execute_at: reservation.executeAt,
       idempotency_key: reservation.idempotencyKey,
+      campaign: reservation.campaign,
       status,
       scan_at: scanAt === undefined ? (isOpen ? reservation.executeAt : null) : scanAt,
     },

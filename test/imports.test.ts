@@ -9,24 +9,32 @@ const ENTRIES = ["api.ts", "scheduler.ts", "worker.ts"];
 const ROOMS: Record<string, string[]> = {
   errors: [],
   loop: [],
-  point: ["errors"],
-  reservation: ["errors", "point"],
+  input: ["errors"],
+  page: ["errors", "input"],
+  point: ["input"],
+  reservation: ["errors", "input", "point"],
+  bulk: ["errors", "input", "reservation"],
   message: ["errors", "reservation"],
   schema: ["reservation", "point"],
   database: ["errors", "loop", "schema"],
   reservation_repository: ["database", "schema", "reservation"],
   point_repository: ["database", "schema", "point"],
+  history: ["database", "schema", "reservation", "point", "page"],
   queue: ["errors", "message", "loop"],
   config: ["errors"],
   coalesce: ["errors"],
-  service: ["errors", "database", "loop"],
+  http: ["errors"],
+  answers: ["history", "point", "reservation", "reservation_repository"],
+  openapi: ["answers", "http", "input"],
+  routes: ["answers", "openapi", "bulk", "input", "page", "point", "reservation"],
+  service: ["errors", "database", "http", "loop"],
 };
 
 /** Who may know a package; tests may know every one. */
 const PACKAGES: { name: RegExp; may: RegExp }[] = [
   { name: /^(elysia|@elysiajs)(\/|$)/, may: /^api\.ts$/ },
   { name: /^amqplib(\/|$)/, may: /^lib\/queue\.ts$/ },
-  { name: /^drizzle-orm(\/|$)/, may: /^(lib\/(schema|database|\w+_repository)\.ts|sql\/.*)$/ },
+  { name: /^drizzle-orm(\/|$)/, may: /^(lib\/(schema|database|history|\w+_repository)\.ts|sql\/.*)$/ },
   { name: /^mysql2(\/|$)/, may: /^(lib\/(schema|database|\w+_repository)\.ts|sql\/.*|lib\/dev\/.*)$/ },
 ];
 

@@ -121,10 +121,9 @@ describe("addPointsIdempotent()", () => {
 
   test.each([
     ["a user id that would be cut", { userId: "x".repeat(21) }],
-    ["a key that would be cut", { idempotencyKey: "k".repeat(101) }],
+    ["a key that would be cut", { idempotencyKey: "k".repeat(121) }],
     ["an empty user id", { userId: "" }],
     ["an amount of 0", { pointAmount: 0 }],
-    ["a negative amount", { pointAmount: -1 }],
   ])("leaves nothing behind of %s: the table refuses it", async (_, wrong) => {
     expect((await errorOf(add(entryOf(), entryOf(wrong)))).kind).toBe("other");
     expect(await ledger()).toEqual([]);
@@ -216,6 +215,7 @@ describe("reconcile()", () => {
   test("agrees on nothing at all", async () => {
     expect(await reconcile(db.database)).toEqual({
       reservations: 0n,
+      direct: 0n,
       ledger: 0n,
       balances: 0n,
       usersApart: 0,
@@ -235,6 +235,7 @@ describe("reconcile()", () => {
     const sum = 2_147_483_847n;
     expect(await reconcile(db.database)).toEqual({
       reservations: sum,
+      direct: 0n,
       ledger: sum,
       balances: sum,
       usersApart: 0,

@@ -45,6 +45,7 @@ describe("newReservation() makes", () => {
       pointAmount: 100,
       executeAt: new Date("2029-02-22T13:59:00.000Z"),
       idempotencyKey: "order-42",
+      campaign: null,
     });
   });
 

@@ -2,12 +2,12 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } fr
 import { drizzle } from "drizzle-orm/mysql2";
 import { createConnection } from "mysql2/promise";
 import { type Database, openDatabase } from "../lib/database.ts";
+import { findReservation } from "../lib/history.ts";
 import { RESERVATION_STATUSES, type Reservation } from "../lib/reservation.ts";
 import {
   type ClaimedReservation,
   claimDue,
   createReservations,
-  findReservation,
   lockReservations,
   markDone,
   markFailed,
@@ -78,15 +78,16 @@ function openClaim(limit: number) {
   return { claimed: claimed.promise, commit, done };
 }
 
+function create(batch: readonly Reservation[]) {
+  return db.database.run((connection) => createReservations(connection, batch));
+}
+
 /** Inserts this many, due one millisecond after the other, in mixed order; gives their ids in the order of scan_at. */
 async function insertMany(count: number, firstDue = new Date(Date.now() - 60_000)): Promise<string[]> {
   const ordered = Array.from({ length: count }, (_, index) =>
     reservationOf({ executeAt: new Date(firstDue.getTime() + index) }),
   );
-  await createReservations(
-    db.database,
-    ordered.toSorted((a, b) => (Bun.hash(a.id) < Bun.hash(b.id) ? -1 : 1)),
-  );
+  await create(ordered.toSorted((a, b) => (Bun.hash(a.id) < Bun.hash(b.id) ? -1 : 1)));
   return idsOf(ordered);
 }
 
@@ -98,7 +99,7 @@ describe("createReservations()", () => {
       reservationOf({ executeAt: new Date("9999-12-31T23:59:59.999Z"), pointAmount: 2147483647 }),
       reservationOf({ userId: "x".repeat(20) }),
     ];
-    const outcomes = await createReservations(db.database, batch);
+    const outcomes = await create(batch);
     expect(outcomes).toEqual(batch.map((reservation) => ({ kind: "created", reservation })));
     for (const reservation of batch) {
       const row = await rowOf(reservation.id);
@@ -111,6 +112,9 @@ describe("createReservations()", () => {
         createdAt: expect.any(Date),
         updatedAt: expect.any(Date),
         grantedAt: null,
+        transactionId: null,
+        originalPointAmount: null,
+        originalExecuteAt: null,
       });
       expect(Math.abs(row.createdAt.getTime() - Date.now())).toBeLessThan(60_000);
     }
@@ -118,7 +122,7 @@ describe("createReservations()", () => {
 
   test("stores UTC: the text in the table is the time in UTC", async () => {
     const reservation = reservationOf({ executeAt: new Date("2029-02-22T13:59:00.123Z") });
-    await createReservations(db.database, [reservation]);
+    await create([reservation]);
     expect(
       await db.query(
         "select cast(execute_at as char) at, cast(scan_at as char) scan from point_reservations",
@@ -129,10 +133,8 @@ describe("createReservations()", () => {
   test("replays the same key with the same content: the first reservation", async () => {
     const first = reservationOf({ idempotencyKey: "order-42" });
     const second = { ...first, id: reservationOf().id };
-    await createReservations(db.database, [first]);
-    expect(await createReservations(db.database, [second])).toEqual([
-      { kind: "replayed", reservation: first },
-    ]);
+    await create([first]);
+    expect(await create([second])).toEqual([{ kind: "replayed", reservation: first }]);
     expect(await db.query("select id from point_reservations")).toEqual([{ id: first.id }]);
   });
 
@@ -140,20 +142,19 @@ describe("createReservations()", () => {
     ["user", { userId: "testuser01" }],
     ["amount", { pointAmount: 101 }],
     ["time, by a millisecond", { executeAt: midday(1) }],
+    ["campaign", { campaign: "winter" }],
   ])("refuses the same key with another %s, and changes nothing", async (_, other) => {
     const first = reservationOf({ idempotencyKey: "order-42", executeAt: midday() });
-    await createReservations(db.database, [first]);
+    await create([first]);
     const before = await rowOf(first.id);
-    expect(await createReservations(db.database, [{ ...first, id: reservationOf().id, ...other }])).toEqual([
-      { kind: "conflict" },
-    ]);
+    expect(await create([{ ...first, id: reservationOf().id, ...other }])).toEqual([{ kind: "conflict" }]);
     expect(await rowOf(first.id)).toEqual(before);
     expect(await db.query("select id from point_reservations")).toHaveLength(1);
   });
 
   test("lets a taken key affect only its own reservation, also one taken within the batch", async () => {
     const taken = reservationOf({ idempotencyKey: "taken" });
-    await createReservations(db.database, [taken]);
+    await create([taken]);
     const first = reservationOf({ idempotencyKey: "twice" });
     const batch = [
       reservationOf(),
@@ -164,7 +165,7 @@ describe("createReservations()", () => {
       reservationOf({ idempotencyKey: "taken", userId: "other" }),
       reservationOf(),
     ];
-    expect(await createReservations(db.database, batch)).toEqual([
+    expect(await create(batch)).toEqual([
       { kind: "created", reservation: batch[0] as Reservation },
       { kind: "replayed", reservation: taken },
       { kind: "created", reservation: first },
@@ -179,8 +180,8 @@ describe("createReservations()", () => {
   test("says created again where the same batch comes again, as after an answer that was lost", async () => {
     const batch = [reservationOf(), reservationOf()];
     const outcomes = batch.map((reservation) => ({ kind: "created" as const, reservation }));
-    expect(await createReservations(db.database, batch)).toEqual(outcomes);
-    expect(await createReservations(db.database, batch)).toEqual(outcomes);
+    expect(await create(batch)).toEqual(outcomes);
+    expect(await create(batch)).toEqual(outcomes);
     expect(await db.query("select id from point_reservations")).toHaveLength(2);
   });
 
@@ -190,9 +191,7 @@ describe("createReservations()", () => {
       const batch = keys.map((idempotencyKey) => reservationOf({ idempotencyKey, executeAt: midday() }));
       return index % 2 === 0 ? batch : batch.reverse();
     };
-    const outcomes = await Promise.all(
-      Array.from({ length: 10 }, (_, index) => createReservations(db.database, batchOf(index))),
-    );
+    const outcomes = await Promise.all(Array.from({ length: 10 }, (_, index) => create(batchOf(index))));
     const byKey = Map.groupBy(outcomes.flat(), (outcome) =>
       outcome.kind === "conflict" ? "conflict" : outcome.reservation.idempotencyKey,
     );
@@ -212,10 +211,7 @@ describe("createReservations()", () => {
       reservationOf({ userId: "User1", idempotencyKey: "Order" }),
       reservationOf({ userId: "user1", idempotencyKey: "order" }),
     ];
-    expect((await createReservations(db.database, batch)).map(({ kind }) => kind)).toEqual([
-      "created",
-      "created",
-    ]);
+    expect((await create(batch)).map(({ kind }) => kind)).toEqual(["created", "created"]);
     expect(
       await db.query("select idempotency_key k from point_reservations where user_id = 'user1'"),
     ).toEqual([{ k: "order" }]);
@@ -223,7 +219,7 @@ describe("createReservations()", () => {
 
   test("inserts nothing of a batch with a user id that would be cut", async () => {
     const batch = [reservationOf(), reservationOf({ userId: "x".repeat(21) })];
-    await expect(createReservations(db.database, batch)).rejects.toThrow("ER_DATA_TOO_LONG");
+    await expect(create(batch)).rejects.toThrow("ER_DATA_TOO_LONG");
     expect(await db.query("select id from point_reservations")).toEqual([]);
   });
 });

@@ -1,8 +1,9 @@
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "bun:test";
 import { connect } from "amqplib";
+import { findReservation } from "../lib/history.ts";
 import { decodeMessage } from "../lib/message.ts";
 import { openQueue, type Queue, QueueError } from "../lib/queue.ts";
-import { claimDue, findReservation } from "../lib/reservation_repository.ts";
+import { claimDue } from "../lib/reservation_repository.ts";
 import { type ScanOptions, scanAndPublish } from "../scheduler.ts";
 import { processMessages } from "../worker.ts";
 import {

@@ -1,11 +1,12 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { v7 as uuidv7 } from "uuid";
 import { DatabaseError, openDatabase } from "../lib/database.ts";
+import { findReservation } from "../lib/history.ts";
 import { decodeMessage, encodeMessage, type ReservationMessage } from "../lib/message.ts";
 import { findBalance, reconcile } from "../lib/point_repository.ts";
 import type { Outcome } from "../lib/queue.ts";
 import type { Reservation } from "../lib/reservation.ts";
-import { claimDue, findReservation } from "../lib/reservation_repository.ts";
+import { claimDue } from "../lib/reservation_repository.ts";
 import { processMessages } from "../worker.ts";
 import {
   createTestDatabase,
