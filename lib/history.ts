@@ -1,9 +1,14 @@
-import { and, asc, desc, eq, gt, inArray, lt, lte, or, type SQL, sql } from "drizzle-orm";
+import { and, asc, desc, eq, getTableColumns, gt, lt, lte, or, type SQL, sql } from "drizzle-orm";
 import { unionAll } from "drizzle-orm/mysql-core";
 import type { Database } from "./database.ts";
 import type { Page, Position } from "./page.ts";
-import { RESERVATION_STATUSES, type ReservationStatus } from "./reservation.ts";
-import { pointRoot, pointReservations as reservations, pointTransactions as transactions } from "./schema.ts";
+import type { ReservationStatus } from "./reservation.ts";
+import {
+  LISTED_AS,
+  pointRoot,
+  pointReservations as reservations,
+  pointTransactions as transactions,
+} from "./schema.ts";
 
 /**
  * What answers "where are my points?": the story of one reservation, and the lists and sums of one user. It only reads.
@@ -16,6 +21,9 @@ const IS_ITS_ENTRY = and(
   eq(transactions.pointAmount, reservations.pointAmount),
 );
 
+/** All that the program itself has written. */
+const { listedAs: _, ...COLUMNS } = getTableColumns(reservations);
+
 export type ReservationStory = NonNullable<Awaited<ReturnType<typeof findReservation>>>;
 
 /** One reservation with its ledger entry, or undefined where there is none of that id. */
@@ -23,7 +31,7 @@ export async function findReservation(database: Database, id: string) {
   const [found] = await database.run(({ drizzle }) =>
     drizzle
       .select({
-        reservation: reservations,
+        reservation: COLUMNS,
         transactionId: transactions.id,
         grantedAt: transactions.createdAt,
       })
@@ -49,7 +57,7 @@ export interface ListedReservation {
 
 /**
  * The reservations of a user in the order of `execute_at`, one more than `limit` where more follow. Any page costs the
- * same: each status is read by itself, from its place in the index on.
+ * same: each list of the index is read from the page's place on, and no further than the page.
  */
 export async function listReservations(
   database: Database,
@@ -70,16 +78,28 @@ export async function listReservations(
         .where(and(eq(reservations.userId, userId), isAfter(after), ...conditions))
         .orderBy(asc(reservations.executeAt), asc(reservations.id))
         .limit(limit + 1);
-    if (campaign !== undefined)
+    if (campaign !== undefined) {
       return select(eq(reservations.campaign, campaign), status && eq(reservations.status, status));
-    if (status !== undefined) return select(eq(reservations.status, status));
-    const [first, second, ...rest] = RESERVATION_STATUSES.map((one) => select(eq(reservations.status, one)));
-    if (!first || !second) throw new Error("There are fewer than two statuses");
-    // One statement, hence one snapshot: a reservation that is claimed meanwhile is neither missed nor there twice.
+    }
+    if (status !== undefined) return select(hasStatus(status));
+    const [first, second, ...rest] = LISTED_AS.map((one) => select(eq(reservations.listedAs, one)));
+    if (!first || !second) throw new Error("There are fewer than two lists");
+    // One statement, hence one snapshot: a reservation that ends meanwhile is neither missed nor there twice.
     return unionAll(first, second, ...rest)
       .orderBy(asc(sql`execute_at`), asc(sql`id`))
       .limit(limit + 1);
   });
+}
+
+/** A status by way of the index, in which PENDING and PROCESSING are one. */
+function hasStatus(status: ReservationStatus): SQL | undefined {
+  if (status !== "PENDING" && status !== "PROCESSING") return eq(reservations.listedAs, status);
+  return and(
+    eq(reservations.listedAs, "OPEN"),
+    eq(reservations.status, status),
+    // Only what is due is ever claimed: a million that are not need not be looked at.
+    status === "PROCESSING" ? sql`${reservations.executeAt} <= now(3)` : undefined,
+  );
 }
 
 export interface ListedTransaction {
@@ -138,10 +158,7 @@ export interface Holdings {
 
 /** What a user has and will have, or undefined where the user has no balance and no reservation to come. */
 export async function findHoldings(database: Database, userId: string): Promise<Holdings | undefined> {
-  const isToCome = and(
-    eq(reservations.userId, userId),
-    inArray(reservations.status, ["PENDING", "PROCESSING"]),
-  );
+  const isToCome = and(eq(reservations.userId, userId), eq(reservations.listedAs, "OPEN"));
   const [found] = await database.run(({ drizzle }) => {
     const toCome = drizzle
       .select({

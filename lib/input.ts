@@ -48,6 +48,9 @@ export function amountRule(
   };
 }
 
+/** The most unknown fields that are named. */
+const MAX_UNKNOWN = 10;
+
 /**
  * All rules that an object breaks: its fields one by one, then the fields that nobody knows. A field that may be left out
  * and is, breaks none.
@@ -67,17 +70,16 @@ export function brokenFieldRules<Schema extends TObject>(
   }
   const values = input as Record<string, unknown>;
   const broken: BrokenRule[] = [];
-  for (const [field, rule] of Object.entries<FieldRule>(rules)) {
+  for (const field in rules) {
     if (values[field] === undefined && !schema.required?.includes(field)) continue;
-    const found = rule(values[field], field);
+    const found = rules[field as keyof typeof rules](values[field], field);
     if (found) broken.push(found);
   }
-  const known = Object.keys(schema.properties);
-  const unknown = Object.keys(values).filter((field) => !known.includes(field));
-  for (const field of unknown.slice(0, 10)) {
+  const unknown = Object.keys(values).filter((field) => !Object.hasOwn(schema.properties, field));
+  for (const field of unknown.slice(0, MAX_UNKNOWN)) {
     broken.push({
       sentence: `unknown field ${showValue(field)}`,
-      explanation: `the field ${showValue(field)} is not one of ${known.join(", ")}`,
+      explanation: `the field ${showValue(field)} is not one of ${Object.keys(schema.properties).join(", ")}`,
     });
   }
   return broken;

@@ -30,6 +30,9 @@ const UNKNOWN_ID = "01a20990-e43a-7000-8000-000000000000";
 const TRANSACTION_ID = "01a20990-f00d-7b3a-8e21-5a6c4d2e1f06";
 const TIME = "2029-02-22T13:59:00.000Z";
 const PAST = "2026-01-31T15:00:00.000Z";
+const SUBTRACTED = "2026-01-31T16:00:00.000Z";
+/** When the examples that change a reservation are sent. */
+const NOW = "2026-02-01T00:00:00.000Z";
 
 const AFTER_PROCESSING = encodeCursor({ time: new Date(PAST), id: PROCESSING_ID });
 
@@ -352,6 +355,7 @@ export const patch = describe({
           original_point_amount: 100,
           original_execute_at: TIME,
           next_scan_at: "2029-03-01T00:00:00.000Z",
+          updated_at: NOW,
         },
       },
     }),
@@ -400,8 +404,9 @@ export const retry = describe({
           reservation_id: FAILED_ID,
           idempotency_key: "order-32",
           execute_at: PAST,
-          next_scan_at: "2026-02-01T00:00:00.000Z",
+          next_scan_at: NOW,
           last_error: "The balance would be out of range",
+          updated_at: NOW,
         },
       },
     }),
@@ -432,7 +437,7 @@ export const cancelAll = describe({
   params: Type.Object({ campaign: Campaign }),
   answers: {
     200: answer(CampaignCancelled, "All of it is over", {
-      "half of it was granted": {
+      "one of five was granted": {
         params: { campaign: "summer-2029" },
         answer: { campaign: "summer-2029", cancelled: 3, granted: 1, failed: 1 },
       },
@@ -473,7 +478,7 @@ export const readPoints = describe({
           point_num: 130,
           reserved_point_num: 200,
           next_execute_at: PAST,
-          updated_at: PAST,
+          updated_at: SUBTRACTED,
         },
       },
       "at a time": {
@@ -608,7 +613,7 @@ export const listLedger = describe({
                 reservation_id: null,
                 campaign: null,
                 idempotency_key: "refund-7",
-                created_at: "2026-01-31T16:00:00.000Z",
+                created_at: SUBTRACTED,
               },
             },
             {

@@ -1,3 +1,4 @@
+import { sql } from "drizzle-orm";
 import { bigint, datetime, int, mysqlTable, varchar } from "drizzle-orm/mysql-core";
 import { RESERVATION_STATUSES } from "./reservation.ts";
 
@@ -20,6 +21,9 @@ export const pointRoot = mysqlTable("point_root", {
   updatedAt: time("updated_at").notNull(),
 });
 
+/** How lists find reservations: what is neither granted, nor failed, nor cancelled is `OPEN`. */
+export const LISTED_AS = ["OPEN", "DONE", "FAILED", "CANCELLED"] as const;
+
 /** Reservations, and when the scheduler must look at each next (`scan_at`). */
 export const pointReservations = mysqlTable("point_reservations", {
   id: text("id", 36).primaryKey(),
@@ -37,6 +41,11 @@ export const pointReservations = mysqlTable("point_reservations", {
   /** What the client reserved at first, where it was patched since. */
   originalPointAmount: int("original_point_amount"),
   originalExecuteAt: time("original_execute_at"),
+  /** MySQL derives it from the status. */
+  listedAs: varchar("listed_as", { length: 10, enum: LISTED_AS }).generatedAlwaysAs(
+    sql`if(status in ('PENDING', 'PROCESSING'), 'OPEN', status)`,
+    { mode: "stored" },
+  ),
 });
 
 /** The ledger: append only. */

@@ -16,8 +16,12 @@ set @statement = if(
      -- what the client promised first, where it was patched since: the same request again is still a replay
      add column original_point_amount int null,
      add column original_execute_at datetime(3) null,
-     -- listReservations(): each status by itself, in the order of execute_at; findHoldings(): the sum still to come
-     add key point_reservations_user (user_id, status, execute_at, id, point_amount),
+     -- the status as lists need it: by the status itself, each claim and each grant would move an entry of the index,
+     -- which costs MySQL a third more for a grant; by this column only the end does
+     add column listed_as varchar(10) character set ascii collate ascii_bin
+       generated always as (if(status in (''PENDING'', ''PROCESSING''), ''OPEN'', status)) stored,
+     -- listReservations(): each of them by itself, in the order of execute_at; findHoldings(): the sum still to come
+     add key point_reservations_user (user_id, listed_as, execute_at, id, point_amount),
      -- listReservations() of one campaign; cancelCampaign(): its reservations, page by page
      add key point_reservations_campaign (campaign, user_id, execute_at, id)'
 );
