@@ -1,4 +1,4 @@
-import { type TObject, type TSchema, Type } from "@sinclair/typebox";
+import { type TNever, type TObject, type TSchema, type TUnknown, Type } from "@sinclair/typebox";
 import { Problem } from "./answers.ts";
 import { titleOf } from "./http.ts";
 import { IdempotencyKey } from "./input.ts";
@@ -16,6 +16,8 @@ export interface Example {
 export interface Answer<Schema extends TSchema = TSchema> {
   schema: Schema;
   description: string;
+  /** What its headers say, by name. */
+  headers?: Record<string, string>;
   examples: Record<string, Example>;
 }
 
@@ -32,6 +34,7 @@ export function answer<Schema extends TSchema>(
 export interface Refusal<Schema extends TSchema = TSchema> {
   schema: Schema;
   description: string;
+  headers?: Record<string, string>;
   examples: Record<string, RefusedExample>;
 }
 
@@ -102,22 +105,28 @@ export function describe<
       },
     }),
     responses: Object.fromEntries(
-      Object.entries(answers).map(([status, { schema, description, examples }]) => {
+      Object.entries(answers).map(([status, { schema, description, headers, examples }]) => {
         const type = Number(status) < 400 ? "application/json" : "application/problem+json";
         const shown = valuesOf(Object.entries(examples), (one) => one.answer);
-        return [status, { description, content: { [type]: { schema, ...(shown && { examples: shown }) } } }];
+        const content = { [type]: { schema, ...(shown && { examples: shown }) } };
+        return [status, { description, ...(headers && { headers: headersOf(headers) }), content }];
       }),
     ),
   };
-  // Elysia would check by itself, in sentences of its own, what it is given here.
-  return { parse: "none", detail } as unknown as {
+  // Elysia would check by itself, in sentences of its own, what it is given here. Without any schema of a path's
+  // parameters its plugin would put bare names in the place of all parameters.
+  return { parse: "none", detail, ...(params && { params: Type.Any() }) } as unknown as {
     detail: object;
     params: Params;
     query: Query;
-    body: Body;
-    response: SchemasOf<Answers> & SchemasOf<Refusals>;
+    // A body of `never` would be demanded of every client.
+    body: [Body] extends [never] ? TUnknown : Body;
+    response: SchemasOf<Answers> & SchemasOf<Refusals> & Omit<NeverAnswered, keyof Answers | keyof Refusals>;
   };
 }
+
+/** What a client would be told otherwise: the handler's `Response` as a 200, and Elysia's own validation as a 422. */
+type NeverAnswered = { 200: TNever; 422: TNever };
 
 type SchemasOf<Answers> = {
   [Status in keyof Answers]: Answers[Status] extends { schema: infer Schema } ? Schema : never;
@@ -126,13 +135,19 @@ type SchemasOf<Answers> = {
 /** Refusals as the answers that they are. */
 function problemsOf(refusals: Record<number, Refusal>): Record<number, Answer> {
   return Object.fromEntries(
-    Object.entries(refusals).map(([status, { schema, description, examples }]) => {
+    Object.entries(refusals).map(([status, { examples, ...refusal }]) => {
       const answered = Object.entries(examples).map(([name, { errors, detail, facts, ...request }]) => {
         const problem = { type: "about:blank", title: titleOf(Number(status)), status: Number(status) };
         return [name, { ...request, answer: { ...problem, detail, errors, ...facts } }];
       });
-      return [status, { schema, description, examples: Object.fromEntries(answered) }];
+      return [status, { ...refusal, examples: Object.fromEntries(answered) }];
     }),
+  );
+}
+
+function headersOf(headers: Record<string, string>) {
+  return Object.fromEntries(
+    Object.entries(headers).map(([name, description]) => [name, { description, schema: { type: "string" } }]),
   );
 }
 

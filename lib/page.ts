@@ -14,6 +14,7 @@ export const Limit = Type.Integer({
   description: "the most entries of one page",
 });
 export const Cursor = Type.String({
+  pattern: "^[A-Za-z0-9_-]{1,100}$",
   description: "`next_cursor` of the page before; left out for the first page",
 });
 

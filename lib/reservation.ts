@@ -21,7 +21,9 @@ import { PointAmount, pointAmountRule, UserId, userIdRule } from "./point.ts";
 export const RESERVATION_STATUSES = ["PENDING", "PROCESSING", "DONE", "FAILED", "CANCELLED"] as const;
 export type ReservationStatus = (typeof RESERVATION_STATUSES)[number];
 
-export const Status = Type.Union(RESERVATION_STATUSES.map((status) => Type.Literal(status)));
+export const Status = Type.Unsafe<ReservationStatus>(
+  Type.Union(RESERVATION_STATUSES.map((status) => Type.Literal(status))),
+);
 export const statusRule = ruleOf(Status, {
   sentence: "status must be PENDING, PROCESSING, DONE, FAILED or CANCELLED",
   must: "PENDING, PROCESSING, DONE, FAILED or CANCELLED",

@@ -84,10 +84,14 @@ export const ReservedPointsQuery = Type.Object({
 export const ConfirmQuery = Type.Object({ user_id: UserId });
 export const TransactionsQuery = Type.Object(Paging);
 
+const REPLAYED = { "Idempotent-Replayed": "`true` where the same request came before; else left out" };
 const UNAVAILABLE = {
-  503: refusal(
-    "MySQL does not answer, or more wait than can be served in time. Send the same again after the seconds of Retry-After; with an idempotency key it cannot count twice",
-  ),
+  503: {
+    ...refusal(
+      "MySQL does not answer, or more wait than can be served in time. Send the same again after the seconds of Retry-After; with an idempotency key it cannot count twice",
+    ),
+    headers: { "Retry-After": "seconds", "X-Request-Id": "by which the log tells more" },
+  },
 };
 const NO_JSON = { 415: refusal("The body is not application/json in UTF-8, or compressed") };
 const TOO_LARGE = { 413: refusal("The body is larger than 64 KiB") };
@@ -146,25 +150,28 @@ export const ready = describe({
 export const reserve = describe({
   summary: "Promise points at a time",
   description:
-    "A 201 means that the reservation is committed: at `execute_at` the points come, once. The same `idempotency_key` (field or header; the same where both are given) with the same content gets the first answer again, with the header `Idempotent-Replayed: true`, whatever has become of the reservation since; with other content 422. Without a key every request is a reservation of its own. The body is 64 KiB at most.",
+    "A 201 means that the reservation is committed: at `execute_at` the points come, once. The same `idempotency_key` (field or header; the same where both are given) with the same content gets the first answer again, whatever has become of the reservation since; with other content 422. Without a key every request is a reservation of its own. The body is 64 KiB at most.",
   body: ReservationCreateInput,
   takesKey: true,
   answers: {
-    201: answer(Reserved, "Reserved; the header Location says where its story is told", {
-      "a key in the body": {
-        body: { ...ROW, idempotency_key: "order-42" },
-        answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
-      },
-      "a key in the header, and a campaign": {
-        headers: { "idempotency-key": "order-43" },
-        body: { ...ROW, campaign: "summer-2029" },
-        answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
-      },
-      "the same again": {
-        body: { ...ROW, campaign: "summer-2029", idempotency_key: "order-41" },
-        answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
-      },
-    }),
+    201: {
+      headers: { Location: "where its story is told", ...REPLAYED },
+      ...answer(Reserved, "Reserved", {
+        "a key in the body": {
+          body: { ...ROW, idempotency_key: "order-42" },
+          answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+        },
+        "a key in the header, and a campaign": {
+          headers: { "idempotency-key": "order-43" },
+          body: { ...ROW, campaign: "summer-2029" },
+          answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+        },
+        "the same again": {
+          body: { ...ROW, campaign: "summer-2029", idempotency_key: "order-41" },
+          answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+        },
+      }),
+    },
   },
   refusals: {
     400: refusal("Broken rules, all of them at once", {
@@ -647,12 +654,15 @@ export const add = describe({
   body: PointChangeInput,
   takesKey: true,
   answers: {
-    200: answer(Messages, "They are in the balance", {
-      "100 points": {
-        body: { user_id: "TestUser01", point_num: 100, idempotency_key: "gift-1" },
-        answer: { messages: ["point updated"] },
-      },
-    }),
+    200: {
+      headers: REPLAYED,
+      ...answer(Messages, "They are in the balance", {
+        "100 points": {
+          body: { user_id: "TestUser01", point_num: 100, idempotency_key: "gift-1" },
+          answer: { messages: ["point updated"] },
+        },
+      }),
+    },
   },
   refusals: {
     400: refusal("Broken rules, all of them at once, or a balance too large to hold. Nothing was changed", {
@@ -676,12 +686,15 @@ export const sub = describe({
   body: PointChangeInput,
   takesKey: true,
   answers: {
-    200: answer(Messages, "They are gone", {
-      "30 points": {
-        body: { user_id: "TestUser01", point_num: 30, idempotency_key: "spend-1" },
-        answer: { messages: ["point subtracted"] },
-      },
-    }),
+    200: {
+      headers: REPLAYED,
+      ...answer(Messages, "They are gone", {
+        "30 points": {
+          body: { user_id: "TestUser01", point_num: 30, idempotency_key: "spend-1" },
+          answer: { messages: ["point subtracted"] },
+        },
+      }),
+    },
   },
   refusals: {
     400: refusal("Broken rules, an unknown user, or fewer points than that. Nothing was changed", {
