@@ -15,7 +15,7 @@ import {
   storyOf,
   transactionOf,
 } from "./lib/answers.ts";
-import { atRow, newBulkReservation } from "./lib/bulk.ts";
+import { atRow, type BulkReservation, newBulkReservation } from "./lib/bulk.ts";
 import { coalesce, OverloadError } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
 import { type Database, DatabaseError, openDatabase } from "./lib/database.ts";
@@ -54,6 +54,7 @@ import {
   type CreateOutcome,
   cancelCampaign,
   cancelReservation,
+  createBulk,
   createReservations,
   patchReservation,
   retryReservation,
@@ -82,13 +83,17 @@ const MAX_BODY_BYTES = 64 * 1024;
 const MAX_BULK_BYTES = 8 * 1024 * 1024;
 /** Bulk requests in hand at once; more are refused with 503. */
 const MAX_BULKS = 8;
+/** How long a bulk may wait for those before it, and then take in MySQL, in milliseconds. */
+const BULK_MS = 12_000;
+/** Campaigns that are cancelled at once. */
+const MAX_CAMPAIGNS = 2;
 /** How long one request may cancel a campaign, in milliseconds: an answer must come before clients give up. */
 const CAMPAIGN_MS = 20_000;
 /** The most broken rules that one problem explains; it names all of them. */
 const MAX_EXPLAINED = 20;
-/** Requests that wait for an INSERT; more are refused with 503, since their answers would come too late. */
+/** Requests that wait for their batch; more are refused with 503, since their answers would come too late. */
 const MAX_WAITING = 10_000;
-/** After this long a request is refused with 503 if no INSERT has taken it, in milliseconds. */
+/** After this long a request is refused with 503 if no batch has taken it, in milliseconds. */
 const MAX_WAIT_MS = 5_000;
 /** How long MySQL may take for an INSERT or a SELECT, in milliseconds: clients have less patience than a worker. */
 const ACQUIRE_MS = 3_000;
@@ -125,8 +130,22 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
     (batch: Reservation[]) => database.run((connection) => createReservations(connection, batch)),
     waiting,
   );
-  const change = coalesce((batch: PointTransaction[]) => changePoints(database, batch), waiting);
+  // A balance that somebody holds must not hold up those of others: its changes wait apart.
+  const change = coalesce(
+    (batch: PointTransaction[]) => changePoints(database, batch, { wait: false }),
+    waiting,
+  );
+  const changeBusy = coalesce(
+    (batch: PointTransaction[]) => changePoints(database, batch, { wait: true }),
+    waiting,
+  );
+  // One at a time: a bulk takes MySQL for as long as thousands of single ones.
+  const reserveMany = coalesce(
+    (bulks: BulkReservation[]) => Promise.all(bulks.map((bulk) => createRows(database, bulk))),
+    { maxBatch: 1, maxWaiting: MAX_BULKS, maxWaitMs: BULK_MS },
+  );
   let bulksInHand = 0;
+  let campaignsInHand = 0;
 
   /** Reserves many. Their bodies are large: few at once may be in memory. */
   async function reserveBulk(request: Request): Promise<Response> {
@@ -134,23 +153,14 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
     bulksInHand++;
     try {
       const body = await readJson(request, { maxBytes: MAX_BULK_BYTES });
-      const { mode, rows } = newBulkReservation(body, headerKeyOf(request));
-      const valid = rows.filter((row): row is Reservation => !("broken" in row));
-      const outcomes =
-        mode === "atomic"
-          ? await database.transaction(async (connection) => {
-              const outcomes = await createReservations(connection, valid);
-              refuseConflicts(outcomes);
-              return outcomes;
-            })
-          : await database.run((connection) => createReservations(connection, valid));
-      const waiting = outcomes.values();
-      const results = rows.map((row) => {
-        if ("broken" in row) return refusedOf(row.broken.map(({ sentence }) => sentence));
-        const outcome = waiting.next().value as CreateOutcome;
-        return outcome.kind === "conflict" ? refusedOf([KEY_CONFLICT.sentence]) : acceptedOf(outcome);
+      const bulk = newBulkReservation(body, headerKeyOf(request));
+      const results = await reserveMany(bulk);
+      if (bulk.mode === "atomic") refuseConflicts(results);
+      const shown = results.map((result) => {
+        if ("broken" in result) return refusedOf(result.broken.map(({ sentence }) => sentence));
+        return result.kind === "conflict" ? refusedOf([KEY_CONFLICT.sentence]) : acceptedOf(result);
       });
-      return Response.json({ results }, { status: mode === "atomic" ? 201 : 200 });
+      return Response.json({ results: shown }, { status: bulk.mode === "atomic" ? 201 : 200 });
     } finally {
       bulksInHand--;
     }
@@ -160,7 +170,8 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
   async function changeBalance(request: Request, sign: 1 | -1, message: string): Promise<Response> {
     const body = await readJson(request, { maxBytes: MAX_BODY_BYTES });
     const entry = newPointChange(body, { sign, headerKey: headerKeyOf(request) });
-    const outcome = await change(entry);
+    let outcome = await change(entry);
+    if (outcome === "busy") outcome = await changeBusy(entry);
     if (outcome !== "changed" && outcome !== "replayed") throw refusedChange(entry, outcome);
     return Response.json({ messages: [message] }, { headers: replayed(outcome) });
   }
@@ -210,11 +221,10 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       "/point/reservations/:id",
       async ({ params }) => {
         const id = parseReservationId(params.id);
-        while (!(await cancelReservation(database, id))) {
+        // Once more where it was FAILED, and tried again in between.
+        if (!(await cancelReservation(database, id)) && !(await cancelReservation(database, id))) {
           const story = await tell(id);
-          if (story.status === "CANCELLED") break;
-          // What is neither was tried again in between, and can be cancelled now.
-          if (story.status === "DONE" || story.status === "FAILED") throw cannotCancel(story);
+          if (story.status !== "CANCELLED") throw cannotCancel(story);
         }
         return Response.json({ reservation_id: id, status: "CANCELLED" });
       },
@@ -247,10 +257,13 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       "/point/campaigns/:campaign/cancel",
       async ({ params }) => {
         const campaign = parseCampaign(params.campaign);
+        if (campaignsInHand >= MAX_CAMPAIGNS) {
+          throw new OverloadError(`Cannot cancel more than ${MAX_CAMPAIGNS} campaigns at once`);
+        }
+        campaignsInHand++;
         const untilMs = performance.now() + CAMPAIGN_MS;
-        const counts = await cancelCampaign(database, campaign, { untilMs });
-        if (!counts) throw new OverloadError(`Cannot cancel all of a campaign within ${CAMPAIGN_MS} ms`);
-        if (counts.cancelled + counts.granted + counts.failed === 0) {
+        const counts = await cancelCampaign(database, campaign, { untilMs }).finally(() => campaignsInHand--);
+        if (Object.values(counts).every((count) => count === 0)) {
           throw notFound("campaign not found", `no reservation is of the campaign ${campaign}`);
         }
         return Response.json(campaignCancelledOf(campaign, counts));
@@ -377,10 +390,24 @@ function keyConflict(broken: BrokenRule[]): DomainError {
   );
 }
 
+/** A row's outcome, or the rules that it breaks. */
+type RowResult = CreateOutcome | { broken: readonly BrokenRule[] };
+
+async function createRows(database: Database, { mode, rows }: BulkReservation): Promise<RowResult[]> {
+  const valid = rows.filter((row): row is Reservation => !("broken" in row));
+  const allOrNone = mode === "atomic";
+  const outcomes = await database[allOrNone ? "transaction" : "run"](
+    (connection) => createBulk(connection, valid, { allOrNone }),
+    { workMs: BULK_MS },
+  );
+  const next = outcomes.values();
+  return rows.map((row) => ("broken" in row ? row : (next.next().value as CreateOutcome)));
+}
+
 /** All or none: throws where one of the rows has a key that was used with other content. */
-function refuseConflicts(outcomes: readonly CreateOutcome[]): void {
-  const broken = outcomes.flatMap(({ kind }, index) =>
-    kind === "conflict" ? [atRow(index, KEY_CONFLICT)] : [],
+function refuseConflicts(results: readonly RowResult[]): void {
+  const broken = results.flatMap((result, index) =>
+    "kind" in result && result.kind === "conflict" ? [atRow(index, KEY_CONFLICT)] : [],
   );
   if (broken.length > 0) throw keyConflict(broken);
 }
@@ -392,6 +419,9 @@ function refusedChange({ userId, pointAmount }: PointTransaction, outcome: Refus
       return keyConflict([KEY_CONFLICT]);
     case "unknown_user":
       return refused(what, "user not found", `the user ${userId} never got any`);
+    case "busy":
+      // Who waited for the balance has it.
+      throw new Error("A change that waits for its balance found it busy");
     case "too_few":
       return refused(what, "points must be greater than 0", `the balance of ${userId} would fall below 0`);
     case "too_many":
@@ -409,7 +439,7 @@ function cannotCancel(story: ReservationStory): DomainError {
         "reservation was granted",
         `it was granted at ${story.grantedAt.toISOString()} by the ledger entry ${story.transactionId}`,
       ]
-    : [`reservation is ${story.status}`, `it is ${story.status}, and no points come of it`];
+    : [`reservation is ${story.status}`, `it is ${story.status}`];
   return conflict("cancel", story, { sentence, explanation });
 }
 

@@ -1,10 +1,19 @@
 import { type Static, Type } from "@sinclair/typebox";
 import type { Holdings, ListedReservation, ListedTransaction, ReservationStory } from "./history.ts";
-import { clientKeyOf, PointAmount, UserId } from "./point.ts";
+import { clientKeyOf, isDirect, PointAmount, UserId } from "./point.ts";
 import { Campaign, type Reservation, Status } from "./reservation.ts";
 import type { CampaignCounts, CreateOutcome } from "./reservation_repository.ts";
 
 // What goes out over HTTP: for each answer its schema, and the function that makes it.
+
+/** What becomes the schema's type as JSON: times may be `Date`s. */
+type Outgoing<T> = T extends string
+  ? string extends T
+    ? T | Date
+    : T
+  : T extends object
+    ? { [Field in keyof T]: Outgoing<T[Field]> }
+    : T;
 
 const Time = Type.String({ format: "date-time", description: "RFC 3339 in UTC, with milliseconds" });
 const Uuid = Type.String({ format: "uuid" });
@@ -69,7 +78,10 @@ export const BulkReserved = Type.Object({
   results: Type.Array(Type.Union([Accepted, Refused]), { description: "one for each row, in their order" }),
 });
 
-export function acceptedOf({ kind, reservation }: Exclude<CreateOutcome, { kind: "conflict" }>) {
+export function acceptedOf({
+  kind,
+  reservation,
+}: Exclude<CreateOutcome, { kind: "conflict" }>): Static<typeof Accepted> {
   return { result: kind, ...reservedOf(reservation) };
 }
 
@@ -99,7 +111,7 @@ export const Story = Type.Object({
   updated_at: Time,
 });
 
-export function storyOf(story: ReservationStory) {
+export function storyOf(story: ReservationStory): Outgoing<Static<typeof Story>> {
   return {
     reservation_id: story.id,
     user_id: story.userId,
@@ -135,7 +147,13 @@ export const ReservedPoints = Type.Object({
   next_cursor: NextCursor,
 });
 
-export function reservedPointOf({ id, pointAmount, status, executeAt, campaign }: ListedReservation) {
+export function reservedPointOf({
+  id,
+  pointAmount,
+  status,
+  executeAt,
+  campaign,
+}: ListedReservation): Outgoing<Static<typeof ReservedPoints>["reserved_points"][number]> {
   return { reservation_id: id, point: pointAmount, status, add_date: executeAt, campaign };
 }
 
@@ -157,11 +175,13 @@ export const Transactions = Type.Object({
   next_cursor: NextCursor,
 });
 
-export function transactionOf(entry: ListedTransaction) {
+export function transactionOf(
+  entry: ListedTransaction,
+): Outgoing<Static<typeof Transactions>["transactions"][number]> {
   const directKind = entry.pointAmount < 0 ? "sub" : "add";
   return {
     transaction_id: entry.id,
-    kind: entry.reservationId === null ? directKind : "grant",
+    kind: isDirect(entry.idempotencyKey) ? directKind : "grant",
     point: entry.pointAmount,
     reservation_id: entry.reservationId,
     campaign: entry.campaign,
@@ -183,7 +203,7 @@ export const Balance = Type.Object({
   updated_at: orNull(Time, "when the balance changed last; null where it never did"),
 });
 
-export function balanceOf(userId: string, holdings: Holdings) {
+export function balanceOf(userId: string, holdings: Holdings): Outgoing<Static<typeof Balance>> {
   return {
     user_id: userId,
     point_num: digitsOf(holdings.pointNum),
@@ -196,22 +216,26 @@ export function balanceOf(userId: string, holdings: Holdings) {
 export function balanceAtOf(
   userId: string,
   { pointNum, updatedAt, at }: Pick<Holdings, "pointNum" | "updatedAt"> & { at: Date },
-) {
+): Outgoing<Static<typeof Balance>> {
   return { user_id: userId, point_num: digitsOf(pointNum), at, updated_at: updatedAt };
 }
 
 // JSON's numbers have no limit, but JavaScript's have: all digits of a BIGINT go out as they are.
-function digitsOf(points: bigint): unknown {
-  return (JSON as unknown as { rawJSON(text: string): unknown }).rawJSON(String(points));
+function digitsOf(points: bigint): number {
+  return (JSON as unknown as { rawJSON(text: string): number }).rawJSON(String(points));
 }
 
 export const CampaignCancelled = Type.Object({
   campaign: Campaign,
   cancelled: Type.Integer({ description: "how many of its reservations are CANCELLED now" }),
   granted: Type.Integer({ description: "how many were granted already, and stay so" }),
-  failed: Type.Integer({ description: "how many are FAILED" }),
+  failed: Type.Integer({ description: "how many are FAILED; only a retry can still make points of them" }),
+  open: Type.Integer({ description: "how many are left because the time was over: send the same again" }),
 });
 
-export function campaignCancelledOf(campaign: string, counts: CampaignCounts) {
+export function campaignCancelledOf(
+  campaign: string,
+  counts: CampaignCounts,
+): Static<typeof CampaignCancelled> {
   return { campaign, ...counts };
 }

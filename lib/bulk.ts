@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import { type Static, Type } from "@sinclair/typebox";
-import { type BrokenRule, DomainError } from "./errors.ts";
+import { type BrokenRule, DomainError, showValue } from "./errors.ts";
 import { brokenFieldRules, brokenHeaderKeyRules, refuseBroken, ruleOf } from "./input.ts";
 import { newReservation, type Reservation, ReservationCreateInput } from "./reservation.ts";
 
@@ -40,8 +40,8 @@ export interface BulkReservation {
 }
 
 /**
- * Reads many reservations of one request. A row without a key gets one of the request's key, or of the request's content
- * where it has none: sent again, the same request makes the same reservations.
+ * Reads many reservations of one request. A row without a key gets one of the request's key and its index, or of what all
+ * rows say where the request has no key: sent again, the same request makes the same reservations.
  *
  * @param input the parsed body, of any shape
  * @param headerKey the header `Idempotency-Key`
@@ -52,25 +52,45 @@ export function newBulkReservation(input: unknown, headerKey?: string): BulkRese
   const broken = brokenFieldRules(BulkReservationInput, input, RULES);
   refuseBroken([...broken, ...brokenHeaderKeyRules(headerKey, undefined)], "bulk of reservations");
   const { mode, reservations } = input as { mode: BulkReservation["mode"]; reservations: unknown[] };
-  const hasKey = (row: unknown) =>
-    (row as { idempotency_key?: unknown } | null)?.idempotency_key !== undefined;
-  const requestKey = headerKey ?? (reservations.every(hasKey) ? "" : digestOf(reservations));
-  const rows = reservations.map((row, index): BulkRow => {
-    try {
-      const reservation = newReservation(row);
-      // No client's own key has a colon.
-      return hasKey(row) ? reservation : { ...reservation, idempotencyKey: `bulk:${requestKey}:${index}` };
-    } catch (error) {
-      if (!(error instanceof DomainError)) throw error;
-      return { broken: error.brokenRules };
-    }
-  });
+  const rows = reservations.map(newRow);
   if (mode === "atomic") refuseBroken(rows.flatMap(brokenRulesOfRow), "bulk of reservations");
-  return { mode, rows };
+  const requestKey = headerKey === undefined ? contentOf(rows) : `key ${headerKey}`;
+  const digest = createHash("sha256").update(requestKey).digest("hex").slice(0, 40);
+  return {
+    mode,
+    rows: rows.map((row, index) =>
+      // No client's own key has a colon.
+      "broken" in row || hasKey(row) ? row : { ...row, idempotencyKey: `bulk:${digest}:${index}` },
+    ),
+  };
 }
 
-function digestOf(reservations: unknown[]): string {
-  return createHash("sha256").update(JSON.stringify(reservations)).digest("hex").slice(0, 40);
+function newRow(row: unknown): BulkRow {
+  if (typeof row !== "object" || row === null || Array.isArray(row)) {
+    const explanation = `must be a JSON object: received ${showValue(row)}`;
+    return { broken: [{ sentence: "reservation must be a JSON object", explanation }] };
+  }
+  try {
+    return newReservation(row);
+  } catch (error) {
+    if (!(error instanceof DomainError)) throw error;
+    return { broken: error.brokenRules };
+  }
+}
+
+function hasKey({ id, idempotencyKey }: Reservation): boolean {
+  return idempotencyKey !== id;
+}
+
+/** What the rows say, in words of our own: the same, however the client has written it. */
+function contentOf(rows: readonly BulkRow[]): string {
+  return rows
+    .map((row) => {
+      if ("broken" in row) return "broken";
+      const { userId, pointAmount, executeAt, campaign } = row;
+      return [userId, pointAmount, executeAt.getTime(), campaign, hasKey(row) && row.idempotencyKey].join();
+    })
+    .join(";");
 }
 
 /** The rules that a row breaks, each with the row's index. */

@@ -109,13 +109,18 @@ export interface Connection {
 /** MySQL behind a bounded pool. Everything that leaves it as an error is a `DatabaseError`. */
 export interface Database {
   /** Runs `work` on one connection, each statement committing by itself; again after a deadlock or a lost connection. */
-  run<T>(work: (connection: Connection) => Promise<T>): Promise<T>;
+  run<T>(work: (connection: Connection) => Promise<T>, options?: WorkOptions): Promise<T>;
   /**
    * Runs `work` between BEGIN and COMMIT at READ COMMITTED. Any error rolls all of it back; after a deadlock or a lost
    * connection it starts again from BEGIN, so it must be one that may run twice.
    */
-  transaction<T>(work: (connection: Connection) => Promise<T>): Promise<T>;
+  transaction<T>(work: (connection: Connection) => Promise<T>, options?: WorkOptions): Promise<T>;
   close(): Promise<void>;
+}
+
+export interface WorkOptions {
+  /** How long this work may take, in milliseconds, where it is larger than others. */
+  workMs?: number;
 }
 
 export interface DatabaseOptions {
@@ -167,7 +172,10 @@ export function openDatabase(
     });
   }
 
-  async function once<T>(work: (connection: Connection) => Promise<T>): Promise<T> {
+  async function once<T>(
+    work: (connection: Connection) => Promise<T>,
+    { workMs }: Required<WorkOptions>,
+  ): Promise<T> {
     const connection = await acquire();
     try {
       const late = () => new DatabaseError("unavailable", `MySQL did not answer within ${workMs} ms`);
@@ -182,10 +190,13 @@ export function openDatabase(
     }
   }
 
-  async function again<T>(work: (connection: Connection) => Promise<T>): Promise<T> {
+  async function again<T>(
+    work: (connection: Connection) => Promise<T>,
+    options: WorkOptions = {},
+  ): Promise<T> {
     for (let attempt = 1; ; attempt++) {
       try {
-        return await once(work);
+        return await once(work, { workMs, ...options });
       } catch (thrown) {
         const error = databaseErrorOf(thrown);
         const mayPass =
@@ -198,14 +209,14 @@ export function openDatabase(
 
   return {
     run: again,
-    transaction: (work) =>
+    transaction: (work, options) =>
       again(async (connection) => {
         await connection.execute("begin");
         // No ROLLBACK: the connection is destroyed on any error, and MySQL rolls back what it had begun.
         const result = await work(connection);
         await connection.execute("commit");
         return result;
-      }),
+      }, options),
     close: async () => {
       const closed = pool.promise().end();
       await withDeadline(closed, CLOSE_MS, () => new Error("late")).catch(() => undefined);

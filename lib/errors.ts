@@ -37,8 +37,15 @@ export class DomainError extends ForeseenError {
   }
 }
 
+const MAX_SHOWN = 60;
+
 /** A value as an error message shows it: as JSON, cut to 60 characters so that no input can flood a log. */
 export function showValue(value: unknown): string {
-  const text = value === undefined ? "nothing" : (JSON.stringify(value) ?? String(value));
-  return text.length > 60 ? `${text.slice(0, 60)}…` : text;
+  if (value === undefined) return "nothing";
+  // Never as JSON: whoever nests them deep enough would have us at work for minutes.
+  if (Array.isArray(value)) return `an array of ${value.length}`;
+  if (typeof value === "object" && value !== null) return "an object";
+  const isCut = typeof value === "string" && value.length > MAX_SHOWN;
+  const text = JSON.stringify(isCut ? value.slice(0, MAX_SHOWN) : value) ?? String(value);
+  return isCut || text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text;
 }

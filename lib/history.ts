@@ -22,7 +22,7 @@ const IS_ITS_ENTRY = and(
 );
 
 /** All that the program itself has written. */
-const { listedAs: _, ...COLUMNS } = getTableColumns(reservations);
+const { listedAs: _, campaignListedAs: __, ...COLUMNS } = getTableColumns(reservations);
 
 export type ReservationStory = NonNullable<Awaited<ReturnType<typeof findReservation>>>;
 
@@ -65,6 +65,7 @@ export async function listReservations(
   { status, campaign, limit, after }: ListOptions,
 ): Promise<ListedReservation[]> {
   return database.run(async ({ drizzle }) => {
+    const listedAs = campaign === undefined ? reservations.listedAs : reservations.campaignListedAs;
     const select = (...conditions: (SQL | undefined)[]) =>
       drizzle
         .select({
@@ -74,15 +75,25 @@ export async function listReservations(
           executeAt: reservations.executeAt,
           campaign: reservations.campaign,
         })
-        .from(reservations)
-        .where(and(eq(reservations.userId, userId), isAfter(after), ...conditions))
+        // Another index, or a part of this one, would read all that the user ever had.
+        .from(reservations, {
+          forceIndex: campaign === undefined ? "point_reservations_user" : "point_reservations_campaign",
+        })
+        .where(
+          and(
+            eq(reservations.userId, userId),
+            campaign === undefined ? undefined : eq(reservations.campaign, campaign),
+            isAfter(after),
+            ...conditions,
+          ),
+        )
         .orderBy(asc(reservations.executeAt), asc(reservations.id))
         .limit(limit + 1);
-    if (campaign !== undefined) {
-      return select(eq(reservations.campaign, campaign), status && eq(reservations.status, status));
+    if (status === "PENDING" || status === "PROCESSING") {
+      return select(eq(listedAs, "OPEN"), eq(reservations.status, status), isClaimable(status));
     }
-    if (status !== undefined) return select(hasStatus(status));
-    const [first, second, ...rest] = LISTED_AS.map((one) => select(eq(reservations.listedAs, one)));
+    if (status !== undefined) return select(eq(listedAs, status));
+    const [first, second, ...rest] = LISTED_AS.map((one) => select(eq(listedAs, one)));
     if (!first || !second) throw new Error("There are fewer than two lists");
     // One statement, hence one snapshot: a reservation that ends meanwhile is neither missed nor there twice.
     return unionAll(first, second, ...rest)
@@ -91,15 +102,9 @@ export async function listReservations(
   });
 }
 
-/** A status by way of the index, in which PENDING and PROCESSING are one. */
-function hasStatus(status: ReservationStatus): SQL | undefined {
-  if (status !== "PENDING" && status !== "PROCESSING") return eq(reservations.listedAs, status);
-  return and(
-    eq(reservations.listedAs, "OPEN"),
-    eq(reservations.status, status),
-    // Only what is due is ever claimed: a million that are not need not be looked at.
-    status === "PROCESSING" ? sql`${reservations.executeAt} <= now(3)` : undefined,
-  );
+/** Only what is due is ever claimed: a million that are not need not be looked at. */
+function isClaimable(status: ReservationStatus): SQL | undefined {
+  return status === "PROCESSING" ? sql`${reservations.executeAt} <= now(3)` : undefined;
 }
 
 export interface ListedTransaction {
@@ -128,7 +133,8 @@ export async function listTransactions(
         reservationId: reservations.id,
         campaign: reservations.campaign,
       })
-      .from(transactions)
+      // MariaDB would read all of the user's entries that are newer.
+      .from(transactions, { forceIndex: "point_transactions_user" })
       .leftJoin(reservations, IS_ITS_ENTRY)
       .where(
         and(

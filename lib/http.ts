@@ -1,5 +1,6 @@
 import type { TObject } from "@sinclair/typebox";
 import { DomainError, ForeseenError, showValue } from "./errors.ts";
+import { withDeadline } from "./loop.ts";
 
 /** An error of HTTP itself, before any rule of the domain. */
 export class HttpError extends ForeseenError {
@@ -19,6 +20,7 @@ const TITLES: Record<number, string> = {
   400: "Bad Request",
   404: "Not Found",
   405: "Method Not Allowed",
+  408: "Request Timeout",
   409: "Conflict",
   413: "Content Too Large",
   415: "Unsupported Media Type",
@@ -55,10 +57,13 @@ export function problem(
   });
 }
 
+/** How long a body may take to arrive, in milliseconds. */
+const BODY_MS = 10_000;
+
 /**
  * Reads a body of JSON in UTF-8.
  *
- * @throws {HttpError} 415; 413 where it is larger than `maxBytes`
+ * @throws {HttpError} 415; 413 where it is larger than `maxBytes`; 408 where it does not arrive within 10 s
  * @throws {DomainError} INVALID_INPUT
  */
 export async function readJson(request: Request, { maxBytes }: { maxBytes: number }): Promise<unknown> {
@@ -77,6 +82,21 @@ export async function readJson(request: Request, { maxBytes }: { maxBytes: numbe
     `The body must not be larger than ${maxBytes} bytes`,
   );
   if (Number(request.headers.get("content-length")) > maxBytes) throw tooLarge;
+  const tooSlow = () => new HttpError(408, "body is too slow", `The body must arrive within ${BODY_MS} ms`);
+  const body = await withDeadline(readBytes(request, tooLarge, maxBytes), BODY_MS, tooSlow);
+  try {
+    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(body));
+  } catch {
+    throw new DomainError("INVALID_INPUT", "The body breaks a rule", [
+      {
+        sentence: "body must be JSON",
+        explanation: `the body must be JSON in UTF-8: received ${body.byteLength} bytes that are not`,
+      },
+    ]);
+  }
+}
+
+async function readBytes(request: Request, tooLarge: HttpError, maxBytes: number): Promise<Buffer> {
   const chunks: Uint8Array[] = [];
   let bytes = 0;
   try {
@@ -89,16 +109,7 @@ export async function readJson(request: Request, { maxBytes }: { maxBytes: numbe
     if (error === tooLarge) throw error;
     throw new HttpError(400, "body is incomplete", `The body broke off after ${bytes} bytes`);
   }
-  try {
-    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(Buffer.concat(chunks)));
-  } catch {
-    throw new DomainError("INVALID_INPUT", "The body breaks a rule", [
-      {
-        sentence: "body must be JSON",
-        explanation: `the body must be JSON in UTF-8: received ${bytes} bytes that are not`,
-      },
-    ]);
-  }
+  return Buffer.concat(chunks);
 }
 
 /** A path that has other methods is 405 and names them; any other is 404. */

@@ -104,7 +104,12 @@ export function newPointChange(
   };
 }
 
+/** Whether an entry's key says that no reservation made it. */
+export function isDirect(idempotencyKey: string): boolean {
+  return idempotencyKey.startsWith(DIRECT);
+}
+
 /** The key as the client knows it. */
 export function clientKeyOf(idempotencyKey: string): string {
-  return idempotencyKey.startsWith(DIRECT) ? idempotencyKey.slice(DIRECT.length) : idempotencyKey;
+  return isDirect(idempotencyKey) ? idempotencyKey.slice(DIRECT.length) : idempotencyKey;
 }

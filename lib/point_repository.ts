@@ -74,22 +74,27 @@ export type ChangeOutcome =
   /** There would be more than a balance can hold. */
   | "too_many"
   /** Points shall be taken from somebody who never got any. */
-  | "unknown_user";
+  | "unknown_user"
+  /** Somebody else, a grant for instance, holds the balance. */
+  | "busy";
 
 /** How often a batch starts whose keys another one was just using. */
 const MAX_TRIES = 3;
 
 /**
- * Adds to and subtracts from balances, with a ledger entry each, in one transaction: what cannot be done affects only
- * itself. Each sees what those before it in the batch have left.
+ * Adds to and subtracts from balances, with a ledger entry each, in one transaction. What is refused affects only itself;
+ * each sees what those before it in the batch have left.
+ *
+ * @param options.wait whether to wait for a balance that somebody else holds; else its changes are `busy` and not done
  */
 export async function changePoints(
   database: Database,
   batch: readonly PointTransaction[],
+  { wait = true }: { wait?: boolean } = {},
 ): Promise<ChangeOutcome[]> {
   for (let attempt = 1; ; attempt++) {
     try {
-      return await database.transaction((connection) => changeTogether(connection, batch));
+      return await database.transaction((connection) => changeTogether(connection, batch, wait));
     } catch (error) {
       // Somebody else has used a key since it was looked up: now its entry is there to be found.
       const mayPass = error instanceof DatabaseError && error.kind === "duplicate";
@@ -101,8 +106,11 @@ export async function changePoints(
 async function changeTogether(
   connection: Connection,
   batch: readonly PointTransaction[],
+  wait: boolean,
 ): Promise<ChangeOutcome[]> {
-  const balances = await lockBalances(connection, new Set(batch.map(({ userId }) => userId)));
+  const userIds = [...new Set(batch.map(({ userId }) => userId))];
+  const balances = await lockBalances(connection, userIds, wait);
+  const busy = wait ? new Set() : await findHeld(connection, userIds, balances);
   const entries = await findLedgerEntries(
     connection,
     batch.map(({ idempotencyKey }) => idempotencyKey),
@@ -112,6 +120,7 @@ async function changeTogether(
   const accepted: PointTransaction[] = [];
   const outcomes = batch.map((change): ChangeOutcome => {
     const { idempotencyKey, userId, pointAmount } = change;
+    if (busy.has(userId)) return "busy";
     const first = known.get(idempotencyKey);
     if (first) {
       return first.userId === userId && first.pointAmount === pointAmount ? "replayed" : "conflict";
@@ -142,14 +151,33 @@ async function changeTogether(
 }
 
 /** Locks balances in the order of their users, as the grant does; users without one are left out. */
-async function lockBalances({ drizzle }: Connection, userIds: Set<string>): Promise<Map<string, bigint>> {
+async function lockBalances(
+  { drizzle }: Connection,
+  userIds: string[],
+  wait: boolean,
+): Promise<Map<string, bigint>> {
   const rows = await drizzle
     .select({ userId: pointRoot.userId, pointNum: pointRoot.pointNum })
     .from(pointRoot)
-    .where(inArray(pointRoot.userId, [...userIds]))
+    .where(inArray(pointRoot.userId, userIds))
     .orderBy(asc(pointRoot.userId))
-    .for("update");
+    .for("update", wait ? {} : { skipLocked: true });
   return new Map(rows.map(({ userId, pointNum }) => [userId, pointNum]));
+}
+
+/** Users who have a balance that we could not lock. */
+async function findHeld(
+  { drizzle }: Connection,
+  userIds: string[],
+  locked: ReadonlyMap<string, bigint>,
+): Promise<Set<string>> {
+  const others = userIds.filter((userId) => !locked.has(userId));
+  if (others.length === 0) return new Set();
+  const rows = await drizzle
+    .select({ userId: pointRoot.userId })
+    .from(pointRoot)
+    .where(inArray(pointRoot.userId, others));
+  return new Set(rows.map(({ userId }) => userId));
 }
 
 async function findLedgerEntries({ drizzle }: Connection, keys: string[]) {

@@ -1,5 +1,5 @@
-import { and, asc, eq, gt, inArray, or, sql } from "drizzle-orm";
-import type { Connection, Database } from "./database.ts";
+import { and, asc, eq, inArray, sql } from "drizzle-orm";
+import { type Connection, type Database, DatabaseError } from "./database.ts";
 import type { Reservation, ReservationPatch, ReservationStatus } from "./reservation.ts";
 import { pointReservations as reservations } from "./schema.ts";
 
@@ -24,25 +24,11 @@ export type CreateOutcome =
   /** The same key came with other content before. */
   | { kind: "conflict" };
 
-/** The most rows of one INSERT. */
-const INSERT_ROWS = 1_000;
-
 /**
- * Inserts reservations, up to 1,000 in one statement; run twice, it inserts once. A key that is taken, also by another
- * one of the same batch, affects only its own reservation.
+ * Inserts reservations in one statement; run twice, it inserts once. A key that is taken, also by another one of the same
+ * batch, affects only its own reservation.
  */
 export async function createReservations(
-  connection: Connection,
-  batch: readonly Reservation[],
-): Promise<CreateOutcome[]> {
-  const outcomes: CreateOutcome[] = [];
-  for (let at = 0; at < batch.length; at += INSERT_ROWS) {
-    outcomes.push(...(await insertTogether(connection, batch.slice(at, at + INSERT_ROWS))));
-  }
-  return outcomes;
-}
-
-async function insertTogether(
   connection: Connection,
   batch: readonly Reservation[],
 ): Promise<CreateOutcome[]> {
@@ -61,20 +47,65 @@ async function insertTogether(
      values ? on duplicate key update id = id`,
     [rows],
   );
-  const stored = affectedRows === batch.length ? undefined : await findByIdempotencyKeys(connection, batch);
-  return batch.map((reservation) => {
-    if (!stored) return { kind: "created", reservation };
-    const first = stored.get(reservation.idempotencyKey);
-    if (!first) throw new Error("A reservation is neither inserted nor found by its idempotency key");
-    if (first.id === reservation.id) return { kind: "created", reservation };
-    return hasSameContent(first, reservation)
-      ? { kind: "replayed", reservation: first }
-      : { kind: "conflict" };
-  });
+  if (affectedRows === batch.length) {
+    return batch.map((reservation) => ({ kind: "created", reservation }));
+  }
+  const firsts = await findByIdempotencyKeys(connection, batch);
+  return batch.map((reservation) => outcomeOf(reservation, firsts));
+}
+
+/** What became of a reservation whose key belongs to the first one that brought it. */
+function outcomeOf(reservation: Reservation, firsts: ReadonlyMap<string, Reservation>): CreateOutcome {
+  const first = firsts.get(reservation.idempotencyKey);
+  if (!first) throw new Error("A reservation is neither inserted nor found by its idempotency key");
+  if (first.id === reservation.id) return { kind: "created", reservation };
+  return hasSameContent(first, reservation) ? { kind: "replayed", reservation: first } : { kind: "conflict" };
+}
+
+/** The most rows of one INSERT. */
+const INSERT_ROWS = 1_000;
+
+/**
+ * Inserts the reservations of one request, up to 1,000 in one statement.
+ *
+ * @param options.allOrNone for the caller's transaction: where one of them is a `conflict`, none is inserted
+ * @throws {DatabaseError} `deadlock` where all or none shall be inserted and somebody else has taken a key meanwhile: the
+ *   transaction starts again, and finds it
+ */
+export async function createBulk(
+  connection: Connection,
+  batch: readonly Reservation[],
+  { allOrNone }: { allOrNone: boolean },
+): Promise<CreateOutcome[]> {
+  // First a look that locks nothing: the INSERT would lock the gaps beside each key that is taken, until the COMMIT.
+  const firsts = await findByIdempotencyKeys(connection, batch);
+  const fresh: Reservation[] = [];
+  for (const reservation of batch) {
+    if (firsts.has(reservation.idempotencyKey)) continue;
+    firsts.set(reservation.idempotencyKey, reservation);
+    fresh.push(reservation);
+  }
+  const outcomes = batch.map((reservation) => outcomeOf(reservation, firsts));
+  if (allOrNone && outcomes.some(({ kind }) => kind === "conflict")) return outcomes;
+  // In the order of the keys: two requests with the same keys wait for each other instead of deadlock.
+  fresh.sort((a, b) => (a.idempotencyKey < b.idempotencyKey ? -1 : 1));
+  let areTaken = false;
+  for (let at = 0; at < fresh.length; at += INSERT_ROWS) {
+    const inserted = await createReservations(connection, fresh.slice(at, at + INSERT_ROWS));
+    areTaken ||= inserted.some(({ kind }) => kind !== "created");
+  }
+  if (!areTaken) return outcomes;
+  if (allOrNone) throw new DatabaseError("deadlock", "Somebody else has taken a key meanwhile");
+  const now = await findByIdempotencyKeys(connection, batch);
+  return batch.map((reservation) => outcomeOf(reservation, now));
 }
 
 /** What was reserved first under these keys, whatever it was patched to since. */
-async function findByIdempotencyKeys(connection: Connection, batch: readonly Reservation[]) {
+async function findByIdempotencyKeys(
+  connection: Connection,
+  batch: readonly Reservation[],
+): Promise<Map<string, Reservation>> {
+  if (batch.length === 0) return new Map();
   const found: Reservation[] = await connection.drizzle
     .select({
       ...COLUMNS,
@@ -121,15 +152,16 @@ export async function cancelReservation(database: Database, id: string): Promise
   });
 }
 
-/** How many reservations of a campaign have ended in which way. */
+/** How many reservations of a campaign stand where. */
 export interface CampaignCounts {
   cancelled: number;
   granted: number;
   failed: number;
+  /** Not over yet. */
+  open: number;
 }
 
-/** The most reservations that are read at once, and the most that one statement cancels: a worker waits for its locks. */
-const CAMPAIGN_ROWS = 10_000;
+/** The most reservations that one statement cancels: a worker waits for its locks. */
 const CANCEL_ROWS = 1_000;
 
 /**
@@ -137,72 +169,53 @@ const CANCEL_ROWS = 1_000;
  * cancelled in part; the same again goes on.
  *
  * @param options.untilMs when to stop, by `performance.now()`
- * @returns how its reservations have ended, whoever ended them; undefined where the time was over before all of them had
+ * @returns where its reservations stand then, whoever brought them there; all 0 where there are none
  */
 export async function cancelCampaign(
   database: Database,
   campaign: string,
   { untilMs }: { untilMs: number },
-): Promise<CampaignCounts | undefined> {
-  const counts: Record<ReservationStatus, number> = {
-    ...{ PENDING: 0, PROCESSING: 0, DONE: 0, FAILED: 0, CANCELLED: 0 },
-  };
-  let after: CampaignRow | undefined;
-  do {
-    const page = await findCampaignRows(database, campaign, after);
-    const open = page.filter(({ status }) => OPEN.includes(status)).map(({ id }) => id);
-    for (const { status } of page) if (!OPEN.includes(status)) counts[status]++;
-    for (let at = 0; at < open.length; at += CANCEL_ROWS) {
-      if (performance.now() > untilMs) return undefined;
-      for (const status of await cancelTogether(database, open.slice(at, at + CANCEL_ROWS))) counts[status]++;
-    }
-    if (performance.now() > untilMs) return undefined;
-    after = page.length === CAMPAIGN_ROWS ? page.at(-1) : undefined;
-  } while (after);
-  return { cancelled: counts.CANCELLED, granted: counts.DONE, failed: counts.FAILED };
-}
-
-type CampaignRow = Awaited<ReturnType<typeof findCampaignRows>>[number];
-
-/** A campaign in the order of its index, in which no change of status moves a row. */
-async function findCampaignRows(
-  database: Database,
-  campaign: string,
-  after: Pick<Reservation, "userId" | "executeAt" | "id"> | undefined,
-) {
-  const { id, userId, executeAt, status } = reservations;
-  return database.run(({ drizzle }) =>
-    drizzle
-      .select({ id, userId, executeAt, status })
-      .from(reservations)
-      .where(
-        and(
-          eq(reservations.campaign, campaign),
-          after &&
-            or(
-              gt(userId, after.userId),
-              and(eq(userId, after.userId), gt(executeAt, after.executeAt)),
-              and(eq(userId, after.userId), eq(executeAt, after.executeAt), gt(id, after.id)),
+): Promise<CampaignCounts> {
+  const isOpen = and(eq(reservations.campaign, campaign), eq(reservations.campaignListedAs, "OPEN"));
+  while (performance.now() < untilMs) {
+    const ids = await database.run(({ drizzle }) =>
+      drizzle.select({ id: reservations.id }).from(reservations).where(isOpen).limit(CANCEL_ROWS),
+    );
+    if (ids.length === 0) break;
+    await database.run(({ drizzle }) =>
+      drizzle
+        .update(reservations)
+        .set({ status: "CANCELLED", scanAt: null })
+        .where(
+          and(
+            inArray(
+              reservations.id,
+              // In the order in which the grant locks them.
+              ids.map(({ id }) => id).toSorted(),
             ),
+            inArray(reservations.status, OPEN),
+          ),
         ),
-      )
-      .orderBy(asc(userId), asc(executeAt), asc(id))
-      .limit(CAMPAIGN_ROWS),
-  );
+    );
+  }
+  return countCampaign(database, campaign);
 }
 
-/** Returns where each of them stands then: CANCELLED, or over before. */
-async function cancelTogether(database: Database, ids: readonly string[]): Promise<ReservationStatus[]> {
-  return database.run(async ({ drizzle }) => {
-    const areThey = inArray(reservations.id, [...ids]);
-    const [{ affectedRows }] = await drizzle
-      .update(reservations)
-      .set({ status: "CANCELLED", scanAt: null })
-      .where(and(areThey, inArray(reservations.status, OPEN)));
-    if (affectedRows === ids.length) return ids.map(() => "CANCELLED");
-    const rows = await drizzle.select({ status: reservations.status }).from(reservations).where(areThey);
-    return rows.map(({ status }) => status);
-  });
+async function countCampaign(database: Database, campaign: string): Promise<CampaignCounts> {
+  const rows = await database.run(({ drizzle }) =>
+    drizzle
+      .select({ listedAs: reservations.campaignListedAs, count: sql`count(*)`.mapWith(Number) })
+      .from(reservations)
+      .where(eq(reservations.campaign, campaign))
+      .groupBy(reservations.campaignListedAs),
+  );
+  const countOf = (listedAs: string) => rows.find((row) => row.listedAs === listedAs)?.count ?? 0;
+  return {
+    cancelled: countOf("CANCELLED"),
+    granted: countOf("DONE"),
+    failed: countOf("FAILED"),
+    open: countOf("OPEN"),
+  };
 }
 
 /**
@@ -215,10 +228,16 @@ export async function patchReservation(
   id: string,
   { executeAt, pointAmount }: ReservationPatch,
 ): Promise<boolean> {
+  let wasSent = false;
   return database.transaction(async ({ drizzle }) => {
-    const isPending = and(eq(reservations.id, id), eq(reservations.status, "PENDING"));
-    const [row] = await drizzle.select().from(reservations).where(isPending).for("update");
+    const [row] = await drizzle.select().from(reservations).where(eq(reservations.id, id)).for("update");
     if (!row) return false;
+    const isPatched =
+      (pointAmount === undefined || row.pointAmount === pointAmount) &&
+      (executeAt === undefined || row.executeAt.getTime() === executeAt.getTime());
+    // A COMMIT whose answer was lost may have come through, and the row be claimed since.
+    if (wasSent && isPatched) return true;
+    if (row.status !== "PENDING") return false;
     await drizzle
       .update(reservations)
       .set({
@@ -232,7 +251,8 @@ export async function patchReservation(
           originalExecuteAt: row.originalExecuteAt ?? row.executeAt,
         }),
       })
-      .where(isPending);
+      .where(and(eq(reservations.id, id), eq(reservations.status, "PENDING")));
+    wasSent = true;
     return true;
   });
 }
@@ -243,12 +263,22 @@ export async function patchReservation(
  * @returns whether there was such a reservation, FAILED
  */
 export async function retryReservation(database: Database, id: string): Promise<boolean> {
-  return database.run(async ({ drizzle }) => {
-    const [{ affectedRows }] = await drizzle
+  let wasFailed = false;
+  return database.transaction(async ({ drizzle }) => {
+    const isIt = eq(reservations.id, id);
+    const [row] = await drizzle
+      .select({ status: reservations.status })
+      .from(reservations)
+      .where(isIt)
+      .for("update");
+    // A COMMIT whose answer was lost may have come through, and the row be claimed since.
+    if (row?.status !== "FAILED") return wasFailed;
+    wasFailed = true;
+    await drizzle
       .update(reservations)
       .set({ status: "PENDING", scanAt: inMs(0), attempts: 0 })
-      .where(and(eq(reservations.id, id), eq(reservations.status, "FAILED")));
-    return affectedRows === 1;
+      .where(and(isIt, eq(reservations.status, "FAILED")));
+    return true;
   });
 }
 

@@ -86,6 +86,10 @@ export const TransactionsQuery = Type.Object(Paging);
 
 const REPLAYED = { "Idempotent-Replayed": "`true` where the same request came before; else left out" };
 const UNAVAILABLE = {
+  500: {
+    ...refusal("An unforeseen error: the fault is ours"),
+    headers: { "X-Request-Id": "by which the log tells more" },
+  },
   503: {
     ...refusal(
       "MySQL does not answer, or more wait than can be served in time. Send the same again after the seconds of Retry-After; with an idempotency key it cannot count twice",
@@ -93,7 +97,10 @@ const UNAVAILABLE = {
     headers: { "Retry-After": "seconds", "X-Request-Id": "by which the log tells more" },
   },
 };
-const NO_JSON = { 415: refusal("The body is not application/json in UTF-8, or compressed") };
+const NO_JSON = {
+  408: refusal("The body did not arrive within 10 seconds"),
+  415: refusal("The body is not application/json in UTF-8, or compressed"),
+};
 const TOO_LARGE = { 413: refusal("The body is larger than 64 KiB") };
 const NO_ID = {
   "not a UUID": {
@@ -205,7 +212,7 @@ export const reserve = describe({
 export const reserveBulk = describe({
   summary: "Promise points to many, in one request",
   description:
-    "1 to 10,000 reservations, in a body of 8 MiB at most. `atomic`: all or none; 400 and 422 name every broken row by its index. `each`: every row for itself, with a result for each row in their order: `created`, `replayed`, or `refused` with its `errors`. Idempotency keys count within the request too. A row without a key gets one from the request's header `Idempotency-Key` and its index, or from the content of all rows where there is no such header: the same request sent again, for instance after a cut connection, changes nothing and gets the same ids. To reserve the same rows twice, give them other keys.",
+    "1 to 10,000 reservations, in a body of 8 MiB at most. `atomic`: all or none; 400 and 422 name every broken row by its index. `each`: every row for itself, with a result for each row in their order: `created`, `replayed`, or `refused` with its `errors`. Idempotency keys count within the request too. A row without a key gets one from the request's header `Idempotency-Key` and its index, or from the content of all rows where there is no such header: the same request sent again, for instance after a cut connection, changes nothing and gets the same ids. So, without keys and without the header, send after a correction only the corrected rows; and to reserve the same rows twice, give them keys.",
   body: BulkReservationInput,
   takesKey: true,
   answers: {
@@ -324,7 +331,7 @@ export const cancel = describe({
     ...NO_RESERVATION,
     409: {
       schema: StandsProblem,
-      description: "It was granted, or is FAILED: there is nothing left to cancel",
+      description: "It was granted, or is FAILED: no points come of it unless it is retried",
       examples: {
         "it was granted": {
           params: { id: DONE_ID },
@@ -335,7 +342,7 @@ export const cancel = describe({
         "it is FAILED": {
           params: { id: FAILED_ID },
           errors: ["reservation is FAILED"],
-          detail: "Cannot cancel the reservation: it is FAILED, and no points come of it",
+          detail: "Cannot cancel the reservation: it is FAILED",
           facts: STANDS_FAILED,
         },
       },
@@ -347,7 +354,7 @@ export const cancel = describe({
 export const patch = describe({
   summary: "Give a reservation another time or amount",
   description:
-    "Only while it is PENDING. What was reserved first is kept: a request with its idempotency key and its first content still gets the first answer.",
+    "Only while it is PENDING; where an answer was lost, ask for the story before sending it again. What was reserved first is kept: a request with its idempotency key and its first content still gets the first answer.",
   params: ReservationParams,
   body: ReservationPatchInput,
   answers: {
@@ -400,7 +407,7 @@ export const patch = describe({
 export const retry = describe({
   summary: "Try a FAILED reservation again",
   description:
-    "FAILED → PENDING, due at once, with all its attempts: for when the reason that `last_error` names is mended.",
+    "FAILED → PENDING, due at once, with all its attempts: for when the reason that `last_error` names is mended. Where an answer was lost, the same again gets a 409 that says where it stands.",
   params: ReservationParams,
   answers: {
     200: answer(Story, "Its story from now on", {
@@ -440,13 +447,13 @@ export const retry = describe({
 export const cancelAll = describe({
   summary: "Cancel a campaign",
   description:
-    "Cancels all of a campaign's reservations that can still be cancelled, in transactions of 1,000, and counts how all of them have ended. It takes 20 seconds at most: a larger campaign gets a 503 with Retry-After, and the same request again goes on. The same again afterwards gets the same counts. What is reserved while it runs may be missed.",
+    "Cancels all of a campaign's reservations that can still be cancelled, 1,000 at a time, and counts where all of them stand then, whoever brought them there. It stops after 20 seconds: where `open` is not 0, send the same again. What is FAILED stays so. What is reserved while it runs may be missed.",
   params: Type.Object({ campaign: Campaign }),
   answers: {
-    200: answer(CampaignCancelled, "All of it is over", {
+    200: answer(CampaignCancelled, "Where all of it stands", {
       "one of five was granted": {
         params: { campaign: "summer-2029" },
-        answer: { campaign: "summer-2029", cancelled: 3, granted: 1, failed: 1 },
+        answer: { campaign: "summer-2029", cancelled: 3, granted: 1, failed: 1, open: 0 },
       },
     }),
   },
@@ -473,7 +480,7 @@ export const cancelAll = describe({
 export const readPoints = describe({
   summary: "What a user has, and what is still to come",
   description:
-    "`reserved_point_num` is the sum of all that is neither granted, nor failed, nor cancelled. With `at`: what the user had at that time, by the ledger; a time to come gives what is there now.",
+    "`reserved_point_num` is the sum of all that is neither granted, nor failed, nor cancelled. With `at`: what the user had at that time, by the ledger. Entries that are being committed can still come into the last 30 seconds; a time to come gives what is there now.",
   params: UserParams,
   query: PointsQuery,
   answers: {

@@ -31,7 +31,7 @@ export const pointReservations = mysqlTable("point_reservations", {
   pointAmount: int("point_amount").notNull(),
   executeAt: time("execute_at").notNull(),
   status: varchar("status", { length: 10, enum: RESERVATION_STATUSES }).notNull(),
-  idempotencyKey: text("idempotency_key", 120).notNull(),
+  idempotencyKey: text("idempotency_key", 100).notNull(),
   scanAt: time("scan_at"),
   attempts: int("attempts").notNull(),
   lastError: text("last_error", 500),
@@ -44,7 +44,12 @@ export const pointReservations = mysqlTable("point_reservations", {
   /** MySQL derives it from the status. */
   listedAs: varchar("listed_as", { length: 10, enum: LISTED_AS }).generatedAlwaysAs(
     sql`if(status in ('PENDING', 'PROCESSING'), 'OPEN', status)`,
-    { mode: "stored" },
+    { mode: "virtual" },
+  ),
+  /** The same, but null without a campaign. */
+  campaignListedAs: varchar("campaign_listed_as", { length: 10, enum: LISTED_AS }).generatedAlwaysAs(
+    sql`if(campaign is null, null, if(status in ('PENDING', 'PROCESSING'), 'OPEN', status))`,
+    { mode: "virtual" },
   ),
 });
 

@@ -23,7 +23,7 @@ const ROOMS: Record<string, string[]> = {
   queue: ["errors", "message", "loop"],
   config: ["errors"],
   coalesce: ["errors"],
-  http: ["errors"],
+  http: ["errors", "loop"],
   answers: ["history", "point", "reservation", "reservation_repository"],
   openapi: ["answers", "http", "input"],
   routes: ["answers", "openapi", "bulk", "input", "page", "point", "reservation"],
