@@ -259,7 +259,7 @@ export const reserveBulk = describe({
         body: { mode: "all", reservations: [] },
         errors: ["reservations must be an array of 1 to 10000", "mode must be atomic or each"],
         detail:
-          'The bulk of reservations breaks a rule: reservations must be an array of 1 to 10000 reservations: received []; mode must be atomic or each: received "all"',
+          'The bulk of reservations breaks a rule: reservations must be an array of 1 to 10000 reservations: received an array of 0; mode must be atomic or each: received "all"',
       },
     }),
     413: refusal("The body is larger than 8 MiB"),

@@ -147,7 +147,7 @@ describe("treaty<App>()", () => {
     const { id } = await insertReservation(db, { status: "FAILED", campaign });
     expect(told(await client.point.reservations({ id }).retry.post()).status).toBe("PENDING");
     const counts = told(await client.point.campaigns({ campaign }).cancel.post());
-    expect(counts).toEqual({ campaign, cancelled: 1, granted: 0, failed: 0 });
+    expect(counts).toEqual({ campaign, cancelled: 1, granted: 0, failed: 0, open: 0 });
   });
 
   test("gives no answer at all as a 503, which calls for the same thing: to send it again", async () => {

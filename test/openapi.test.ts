@@ -355,7 +355,7 @@ describe("the other refusals:", () => {
 });
 
 describe("the description", () => {
-  const KNOWN = [400, 404, 409, 413, 415, 422, 503];
+  const KNOWN = [400, 404, 408, 409, 413, 415, 422, 500, 503];
 
   test("is OpenAPI 3 and says what it is of", () => {
     expect(document).toMatchObject({
@@ -428,7 +428,7 @@ describe("the description", () => {
 
     test("has an example of each answer but those to any body, or any request, alike", () => {
       const without = rest.answers.filter(({ examples }) => !examples).map(({ status }) => status);
-      expect(without.filter((status) => ![413, 415, 503].includes(status))).toEqual([]);
+      expect(without.filter((status) => ![408, 413, 415, 500, 503].includes(status))).toEqual([]);
       expect(rest.answers.some(({ status }) => status < 300)).toBe(true);
     });
 
@@ -440,6 +440,7 @@ describe("the description", () => {
       const takesKey = parameters.some(({ name }) => name === "Idempotency-Key");
       const calls: [boolean, number][] = [
         [parameters.length > 0 || body !== undefined, 400],
+        [body !== undefined, 408],
         [body !== undefined, 413],
         [body !== undefined, 415],
         [takesKey, 422],
