@@ -84,13 +84,13 @@ function hasKey({ id, idempotencyKey }: Reservation): boolean {
 
 /** What the rows say, in words of our own: the same, however the client has written it. */
 function contentOf(rows: readonly BulkRow[]): string {
-  return rows
-    .map((row) => {
-      if ("broken" in row) return "broken";
+  return JSON.stringify(
+    rows.map((row) => {
+      if ("broken" in row) return null;
       const { userId, pointAmount, executeAt, campaign } = row;
-      return [userId, pointAmount, executeAt.getTime(), campaign, hasKey(row) && row.idempotencyKey].join();
-    })
-    .join(";");
+      return [userId, pointAmount, executeAt.getTime(), campaign, hasKey(row) ? row.idempotencyKey : null];
+    }),
+  );
 }
 
 /** The rules that a row breaks, each with the row's index. */

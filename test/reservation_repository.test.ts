@@ -1,4 +1,4 @@
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "bun:test";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, spyOn, test } from "bun:test";
 import { drizzle } from "drizzle-orm/mysql2";
 import { createConnection } from "mysql2/promise";
 import { type Database, openDatabase } from "../lib/database.ts";
@@ -6,12 +6,16 @@ import { findReservation } from "../lib/history.ts";
 import { RESERVATION_STATUSES, type Reservation } from "../lib/reservation.ts";
 import {
   type ClaimedReservation,
+  cancelCampaign,
+  cancelReservation,
   claimDue,
   createReservations,
   lockReservations,
   markDone,
   markFailed,
   msUntilNextScan,
+  patchReservation,
+  retryReservation,
   scheduleRetry,
 } from "../lib/reservation_repository.ts";
 import { createTestDatabase, insertReservation, reservationOf, type TestDatabase, until } from "./harness.ts";
@@ -59,23 +63,40 @@ async function rowOf(id: string) {
   return row;
 }
 
-/** What claims from this database get, but their transactions commit only when told. */
-function openClaim(limit: number) {
+/** What `work` gets within its transaction, which commits only when told. */
+function openTransaction<T>(work: (database: Database) => Promise<T>) {
   const { promise: gate, resolve: commit } = Promise.withResolvers<void>();
-  const claimed = Promise.withResolvers<ClaimedReservation[]>();
+  const inside = Promise.withResolvers<T>();
   const held: Database = {
     ...db.database,
     transaction: (work) =>
       db.database.transaction(async (connection) => {
         const result = await work(connection);
-        claimed.resolve(result as ClaimedReservation[]);
+        inside.resolve(result as never);
         await gate;
         return result;
       }),
   };
-  const done = claimDue(held, { ...LEASE, limit });
-  done.catch(claimed.reject);
-  return { claimed: claimed.promise, commit, done };
+  const done = work(held);
+  done.catch(inside.reject);
+  return { inside: inside.promise, commit, done };
+}
+
+/** What a claim gets, whose transaction commits only when told. */
+function openClaim(limit: number) {
+  const { inside: claimed, commit, done } = openTransaction((held) => claimDue(held, { ...LEASE, limit }));
+  return { claimed, commit, done };
+}
+
+/** Waits until a statement of this database that begins so is under way: it waits for a lock, as it does nothing long. */
+async function untilWaiting(statement: string): Promise<void> {
+  await until(`${statement} waits`, async () => {
+    const [waiting] = await db.query(
+      "select id from information_schema.processlist where db = ? and info like ?",
+      [db.name, `${statement}%`],
+    );
+    return waiting !== undefined;
+  });
 }
 
 function create(batch: readonly Reservation[]) {
@@ -549,3 +570,403 @@ test.each(["PENDING", "DONE", "FAILED", "CANCELLED"] as const)(
     expect(await rowOf(id)).toEqual(before);
   },
 );
+
+describe("cancelReservation()", () => {
+  test.each(["PENDING", "PROCESSING"] as const)(
+    "ends a reservation that is %s, and changes nothing else of it",
+    async (status) => {
+      const { id } = await insertReservation(db, { status });
+      const other = await insertReservation(db, { status });
+      const before = await rowOf(id);
+      expect(await cancelReservation(db.database, id)).toBe(true);
+      const after = { ...before, status: "CANCELLED", scanAt: null, updatedAt: expect.any(Date) };
+      expect(await rowOf(id)).toEqual(after as never);
+      expect(await rowOf(other.id)).toMatchObject({ status });
+    },
+  );
+
+  test.each(["DONE", "FAILED", "CANCELLED"] as const)(
+    "says false of a reservation that is %s, and leaves it alone",
+    async (status) => {
+      const { id } = await insertReservation(db, { status });
+      const before = await rowOf(id);
+      expect(await cancelReservation(db.database, id)).toBe(false);
+      expect(await rowOf(id)).toEqual(before);
+    },
+  );
+
+  test("says false of an id that is not there", async () => {
+    await insertReservation(db);
+    expect(await cancelReservation(db.database, reservationOf().id)).toBe(false);
+  });
+
+  test.each(["PENDING", "PROCESSING"] as const)(
+    "called ten times at once on a row that is %s says true exactly once",
+    async (status) => {
+      for (let round = 0; round < 20; round++) {
+        const { id } = await insertReservation(db, { status });
+        const answers = await Promise.all(
+          Array.from({ length: 10 }, () => cancelReservation(db.database, id)),
+        );
+        expect(answers.filter(Boolean)).toHaveLength(1);
+        expect((await rowOf(id)).status).toBe("CANCELLED");
+      }
+    },
+  );
+
+  test.each([
+    ["commits", "DONE"],
+    ["is rolled back", "CANCELLED"],
+  ])("waits for a grant of the row: where the grant %s, it ends %s", async (what, status) => {
+    const { id } = await insertReservation(db, { status: "PROCESSING" });
+    let cancelled: Promise<boolean> | undefined;
+    const granted = db.database.transaction(async (connection) => {
+      await lockReservations(connection, [id]);
+      cancelled = cancelReservation(db.database, id);
+      await untilWaiting("update `point_reservations` set `status`");
+      await markDone(connection, [id]);
+      if (what !== "commits") throw new Error("no grant");
+    });
+    if (what === "commits") await granted;
+    else await expect(granted).rejects.toThrow("no grant");
+    expect(await cancelled).toBe(status === "CANCELLED");
+    expect((await rowOf(id)).status).toBe(status as never);
+  });
+
+  test("makes a claim pass the row by, and a grant that comes later throw", async () => {
+    const { id } = await insertReservation(db);
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual([id]);
+    await cancelReservation(db.database, id);
+    const granted = db.database.transaction((connection) => markDone(connection, [id]));
+    await expect(granted).rejects.toThrow("Cannot mark 1 reservations as DONE: 0 were PROCESSING");
+    expect(await msUntilNextScan(db.database)).toBeUndefined();
+    expect(await claimDue(db.database, LEASE)).toEqual([]);
+  });
+});
+
+/** All the time that it takes. */
+const IN_TIME = { untilMs: Number.POSITIVE_INFINITY };
+
+/** A database that does something after so many pieces of work, as if somebody else did it just then. */
+function disturbed(afterRuns: number, disturb: () => unknown): Database {
+  let runs = 0;
+  return {
+    ...db.database,
+    async run(work) {
+      const result = await db.database.run(work);
+      if (++runs === afterRuns) await disturb();
+      return result;
+    },
+  };
+}
+
+describe("cancelCampaign()", () => {
+  test("ends what is PENDING or PROCESSING, counts how each has ended, and says the same again", async () => {
+    for (const [status, count] of [
+      ["PENDING", 4],
+      ["PROCESSING", 3],
+      ["DONE", 2],
+      ["FAILED", 1],
+      ["CANCELLED", 5],
+    ] as const) {
+      for (let at = 0; at < count; at++) {
+        await insertReservation(db, { status, campaign: "summer", userId: `User${at}` });
+      }
+    }
+    const over = await db.query(
+      "select * from point_reservations where status in ('DONE', 'FAILED', 'CANCELLED') order by id",
+    );
+    const counts = { cancelled: 12, granted: 2, failed: 1, open: 0 };
+    expect(await cancelCampaign(db.database, "summer", IN_TIME)).toEqual(counts);
+    const ids = over.map((row) => (row as { id: string }).id);
+    expect(await db.query("select * from point_reservations where id in (?) order by id", [ids])).toEqual(
+      over,
+    );
+    expect(
+      await db.query("select status, count(*) n from point_reservations group by status order by status"),
+    ).toEqual([
+      { status: "CANCELLED", n: 12 },
+      { status: "DONE", n: 2 },
+      { status: "FAILED", n: 1 },
+    ]);
+    expect(await cancelCampaign(db.database, "summer", IN_TIME)).toEqual(counts);
+  });
+
+  test("leaves other campaigns alone, also one that differs only in case, and what is of none", async () => {
+    const others = [
+      await insertReservation(db, { campaign: "Summer" }),
+      await insertReservation(db, { campaign: "summer-2" }),
+      await insertReservation(db, { campaign: "summe_" }),
+      await insertReservation(db, { status: "PROCESSING" }),
+    ];
+    const before = await Promise.all(others.map(({ id }) => rowOf(id)));
+    expect(await cancelCampaign(db.database, "summer", IN_TIME)).toEqual({
+      ...{ cancelled: 0, granted: 0, failed: 0, open: 0 },
+    });
+    await insertReservation(db, { campaign: "summer" });
+    expect(await cancelCampaign(db.database, "summer", IN_TIME)).toMatchObject({ cancelled: 1 });
+    expect(await Promise.all(others.map(({ id }) => rowOf(id)))).toEqual(before);
+  });
+
+  test("takes all of 20,500, of users with many of one time, many of one user and many users", async () => {
+    const shapes: [number, (index: number) => Partial<Reservation>][] = [
+      [12_000, () => ({ userId: "Alpha", executeAt: midday() })],
+      [8_300, (index) => ({ userId: "Beta", executeAt: midday(index) })],
+      [200, (index) => ({ userId: `Gamma${index}`, executeAt: midday(-index) })],
+    ];
+    const all = shapes.flatMap(([count, fields]) =>
+      Array.from({ length: count }, (_, index) => reservationOf({ campaign: "big", ...fields(index) })),
+    );
+    await create(all.toSorted((a, b) => (Bun.hash(a.id) < Bun.hash(b.id) ? -1 : 1)));
+    const untouched = await insertReservation(db, { userId: "Beta", executeAt: midday() });
+    await db.query(
+      `update point_reservations set status = 'DONE', scan_at = null
+       where campaign = 'big' and mod(crc32(id), 10) = 0`,
+    );
+    const [done] = await db.query<{ n: number }>(
+      "select count(*) n from point_reservations where status = 'DONE'",
+    );
+    const granted = Number(done?.n);
+    expect(granted).toBeGreaterThan(1_000);
+    const counts = { cancelled: all.length - granted, granted, failed: 0, open: 0 };
+    expect(await cancelCampaign(db.database, "big", IN_TIME)).toEqual(counts);
+    expect(await db.query("select id from point_reservations where scan_at is not null")).toEqual([
+      { id: untouched.id },
+    ]);
+    expect(await cancelCampaign(db.database, "big", IN_TIME)).toEqual(counts);
+  }, 60_000);
+
+  test("gives up before it starts where the time is over: nothing is cancelled, and what is open is counted", async () => {
+    const { id } = await insertReservation(db, { campaign: "summer" });
+    const untilMs = performance.now() - 1;
+    expect(await cancelCampaign(db.database, "summer", { untilMs })).toEqual({
+      ...{ cancelled: 0, granted: 0, failed: 0, open: 1 },
+    });
+    expect((await rowOf(id)).status).toBe("PENDING");
+  });
+
+  test("gives up in the middle where the time is over then: what it did stays, and the same again goes on", async () => {
+    await create(Array.from({ length: 2_500 }, () => reservationOf({ campaign: "summer" })));
+    const clock = spyOn(performance, "now").mockReturnValue(1_000);
+    try {
+      // One page is read, then one statement has cancelled.
+      const slow = disturbed(2, () => clock.mockReturnValue(2_001));
+      expect(await cancelCampaign(slow, "summer", { untilMs: 2_000 })).toEqual({
+        ...{ cancelled: 1_000, granted: 0, failed: 0, open: 1_500 },
+      });
+      expect(
+        await db.query("select status, count(*) n from point_reservations group by status order by status"),
+      ).toEqual([
+        { status: "CANCELLED", n: 1_000 },
+        { status: "PENDING", n: 1_500 },
+      ]);
+      expect(await cancelCampaign(db.database, "summer", { untilMs: 3_000 })).toEqual({
+        ...{ cancelled: 2_500, granted: 0, failed: 0, open: 0 },
+      });
+    } finally {
+      clock.mockRestore();
+    }
+  }, 20_000);
+
+  test.each([
+    ["DONE", { cancelled: 2, granted: 1, failed: 0, open: 0 }],
+    ["FAILED", { cancelled: 2, granted: 0, failed: 1, open: 0 }],
+    ["CANCELLED", { cancelled: 3, granted: 0, failed: 0, open: 0 }],
+  ] as const)(
+    "counts as what it is a reservation that came to be %s after its page was read",
+    async (status, counts) => {
+      const rows = [];
+      for (let at = 0; at < 3; at++) rows.push(await insertReservation(db, { campaign: "summer" }));
+      const [row] = rows;
+      const busy = disturbed(1, () =>
+        db.query("update point_reservations set status = ?, scan_at = null where id = ?", [status, row?.id]),
+      );
+      expect(await cancelCampaign(busy, "summer", IN_TIME)).toEqual(counts);
+      expect((await rowOf(row?.id ?? "")).status).toBe(status);
+    },
+  );
+
+  test("by five at once: each gets the same counts, and none of them fails", async () => {
+    await create(
+      Array.from({ length: 3_000 }, (_, index) =>
+        reservationOf({ campaign: "summer", userId: `User${index % 7}` }),
+      ),
+    );
+    const all = await Promise.all(
+      Array.from({ length: 5 }, () => cancelCampaign(db.database, "summer", IN_TIME)),
+    );
+    expect(all).toEqual(all.map(() => ({ cancelled: 3_000, granted: 0, failed: 0, open: 0 })));
+  }, 20_000);
+});
+
+describe("patchReservation()", () => {
+  test("gives another time and amount, due then, and keeps what was reserved first", async () => {
+    const first = await insertDueAt(0, { pointAmount: 100 });
+    const before = await rowOf(first.id);
+    const patch = { executeAt: midday(5_000), pointAmount: 250 };
+    expect(await patchReservation(db.database, first.id, patch)).toBe(true);
+    const after = {
+      ...before,
+      ...patch,
+      scanAt: midday(5_000),
+      originalExecuteAt: midday(),
+      originalPointAmount: 100,
+      updatedAt: expect.any(Date),
+    };
+    expect(await rowOf(first.id)).toEqual(after as never);
+  });
+
+  test("of the amount only leaves the time, and when it is tried next, as they are", async () => {
+    const { id } = await insertDueAt(0, { pointAmount: 100, scanAt: midday(9_000) });
+    expect(await patchReservation(db.database, id, { pointAmount: 7 })).toBe(true);
+    expect(await rowOf(id)).toMatchObject({
+      ...{ pointAmount: 7, originalPointAmount: 100 },
+      ...{ executeAt: midday(), scanAt: midday(9_000), originalExecuteAt: null },
+    });
+  });
+
+  test("of the time only leaves the amount as it is", async () => {
+    const { id } = await insertDueAt(0, { pointAmount: 100, scanAt: midday(9_000) });
+    expect(await patchReservation(db.database, id, { executeAt: midday(-1) })).toBe(true);
+    expect(await rowOf(id)).toMatchObject({
+      ...{ executeAt: midday(-1), scanAt: midday(-1), originalExecuteAt: midday() },
+      ...{ pointAmount: 100, originalPointAmount: null },
+    });
+  });
+
+  test("again and again keeps what was reserved at the very first", async () => {
+    const { id } = await insertDueAt(0, { pointAmount: 100 });
+    for (const step of [1, 2, 3]) {
+      await patchReservation(db.database, id, { executeAt: midday(step), pointAmount: step });
+    }
+    expect(await rowOf(id)).toMatchObject({
+      ...{ executeAt: midday(3), scanAt: midday(3), pointAmount: 3 },
+      ...{ originalExecuteAt: midday(), originalPointAmount: 100 },
+    });
+  });
+
+  test("with what is there already says true: the same request again gets the same answer", async () => {
+    const { id } = await insertDueAt(0, { pointAmount: 100 });
+    const patch = { executeAt: midday(1), pointAmount: 7 };
+    expect(await patchReservation(db.database, id, patch)).toBe(true);
+    const before = await rowOf(id);
+    expect(await patchReservation(db.database, id, patch)).toBe(true);
+    expect(await rowOf(id)).toEqual(before);
+  });
+
+  test.each(["PROCESSING", "DONE", "FAILED", "CANCELLED"] as const)(
+    "says false of a reservation that is %s, and leaves it alone",
+    async (status) => {
+      const { id } = await insertReservation(db, { status });
+      const before = await rowOf(id);
+      const patch = { executeAt: midday(), pointAmount: 7 };
+      expect(await patchReservation(db.database, id, patch)).toBe(false);
+      expect(await rowOf(id)).toEqual(before);
+    },
+  );
+
+  test("says false of an id that is not there", async () => {
+    await insertReservation(db);
+    expect(await patchReservation(db.database, reservationOf().id, { pointAmount: 7 })).toBe(false);
+  });
+
+  test("called ten times at once on one row: each in turn, the last one stays, and the first content is kept", async () => {
+    const { id } = await insertDueAt(0, { pointAmount: 100 });
+    const answers = await Promise.all(
+      Array.from({ length: 10 }, (_, index) =>
+        patchReservation(db.database, id, { executeAt: midday(1 + index), pointAmount: 1 + index }),
+      ),
+    );
+    expect(answers).toEqual(answers.map(() => true));
+    const row = await rowOf(id);
+    expect(row).toMatchObject({ originalExecuteAt: midday(), originalPointAmount: 100 });
+    // Both fields are of one and the same patch.
+    expect(row.executeAt).toEqual(midday(row.pointAmount));
+    expect(row.scanAt).toEqual(row.executeAt);
+  });
+
+  test("waits for a claim that holds the row, and says false once it is claimed", async () => {
+    const { id } = await insertReservation(db);
+    const claim = openClaim(1);
+    expect(idsOf(await claim.claimed)).toEqual([id]);
+    const patched = patchReservation(db.database, id, { pointAmount: 7 });
+    await untilWaiting("select `id`");
+    claim.commit();
+    await claim.done;
+    expect(await patched).toBe(false);
+    expect(await rowOf(id)).toMatchObject({ status: "PROCESSING", pointAmount: 100 });
+  });
+
+  test("while it is open makes a claim pass the row by; once committed, the row is due at its new time only", async () => {
+    const { id } = await insertReservation(db);
+    const patch = openTransaction((held) => patchReservation(held, id, { executeAt: midday() }));
+    expect(await patch.inside).toBe(true);
+    expect(await claimDue(db.database, LEASE)).toEqual([]);
+    patch.commit();
+    await patch.done;
+    expect(await claimDue(db.database, LEASE)).toEqual([]);
+    await freezeAt(MIDDAY);
+    expect(idsOf(await claimDue(frozen, LEASE))).toEqual([id]);
+  });
+
+  test("changes no replay: the first content is still the key's, the patched content is another", async () => {
+    const first = reservationOf({ idempotencyKey: "order-42", executeAt: midday() });
+    await create([first]);
+    const patch = { executeAt: midday(1), pointAmount: 7 };
+    await patchReservation(db.database, first.id, patch);
+    const { id } = reservationOf();
+    expect(await create([{ ...first, id }])).toEqual([{ kind: "replayed", reservation: first }]);
+    expect(await create([{ ...first, ...patch, id }])).toEqual([{ kind: "conflict" }]);
+  });
+});
+
+describe("retryReservation()", () => {
+  /** A reservation that has used up its attempts. */
+  async function insertFailed() {
+    const { id } = await insertDueAt(-60_000, { status: "FAILED" });
+    await db.query("update point_reservations set attempts = 10, last_error = 'no luck' where id = ?", [id]);
+    return id;
+  }
+
+  test("makes it due at once by the database's clock, with all its attempts, and keeps why it had failed", async () => {
+    const id = await insertFailed();
+    const other = await insertFailed();
+    const before = await rowOf(id);
+    await freezeAt(MIDDAY);
+    expect(await retryReservation(frozen, id)).toBe(true);
+    const after = {
+      ...before,
+      status: "PENDING",
+      scanAt: midday(),
+      attempts: 0,
+      updatedAt: expect.any(Date),
+    };
+    expect(await rowOf(id)).toEqual(after as never);
+    expect(await rowOf(other)).toMatchObject({ status: "FAILED", attempts: 10 });
+    expect(idsOf(await claimDue(frozen, LEASE))).toEqual([id]);
+  });
+
+  test.each(["PENDING", "PROCESSING", "DONE", "CANCELLED"] as const)(
+    "says false of a reservation that is %s, and leaves it alone",
+    async (status) => {
+      const { id } = await insertReservation(db, { status });
+      await db.query("update point_reservations set attempts = 3");
+      const before = await rowOf(id);
+      expect(await retryReservation(db.database, id)).toBe(false);
+      expect(await rowOf(id)).toEqual(before);
+    },
+  );
+
+  test("says false of an id that is not there", async () => {
+    await insertFailed();
+    expect(await retryReservation(db.database, reservationOf().id)).toBe(false);
+  });
+
+  test("called ten times at once on one row says true exactly once", async () => {
+    for (let round = 0; round < 20; round++) {
+      const id = await insertFailed();
+      const answers = await Promise.all(Array.from({ length: 10 }, () => retryReservation(db.database, id)));
+      expect(answers.filter(Boolean)).toHaveLength(1);
+    }
+  });
+});
