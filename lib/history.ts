@@ -133,9 +133,9 @@ export async function listTransactions(
         reservationId: reservations.id,
         campaign: reservations.campaign,
       })
-      // MariaDB would read all of the user's entries that are newer.
+      // MariaDB would read all of the user's entries that are newer, and all of the user's reservations.
       .from(transactions, { forceIndex: "point_transactions_user" })
-      .leftJoin(reservations, IS_ITS_ENTRY)
+      .leftJoin(reservations, IS_ITS_ENTRY, { forceIndex: "point_reservations_idempotency_key" })
       .where(
         and(
           eq(transactions.userId, userId),

@@ -158,7 +158,8 @@ async function lockBalances(
 ): Promise<Map<string, bigint>> {
   const rows = await drizzle
     .select({ userId: pointRoot.userId, pointNum: pointRoot.pointNum })
-    .from(pointRoot)
+    // MariaDB would read a small table from end to end, and wait for rows that nobody asked for.
+    .from(pointRoot, { forceIndex: "PRIMARY" })
     .where(inArray(pointRoot.userId, userIds))
     .orderBy(asc(pointRoot.userId))
     .for("update", wait ? {} : { skipLocked: true });
@@ -195,7 +196,7 @@ async function addToKnown(
 ): Promise<void> {
   if (sums.length === 0) return;
   await connection.execute(
-    `update point_root set point_num = point_num + case user_id ${"when ? then ? ".repeat(sums.length)} end
+    `update point_root force index (primary) set point_num = point_num + case user_id ${"when ? then ? ".repeat(sums.length)} end
      where user_id in (?)`,
     [...sums.flat(), sums.map(([userId]) => userId)],
   );
