@@ -221,8 +221,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       "/point/reservations/:id",
       async ({ params }) => {
         const id = parseReservationId(params.id);
-        // Once more where it was FAILED, and tried again in between.
-        if (!(await cancelReservation(database, id)) && !(await cancelReservation(database, id))) {
+        if (!(await twice(() => cancelReservation(database, id)))) {
           const story = await tell(id);
           if (story.status !== "CANCELLED") throw cannotCancel(story);
         }
@@ -235,7 +234,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       async ({ params, request }) => {
         const id = parseReservationId(params.id);
         const patch = newReservationPatch(await readJson(request, { maxBytes: MAX_BODY_BYTES }));
-        const isPatched = await patchReservation(database, id, patch);
+        const isPatched = await twice(() => patchReservation(database, id, patch));
         const story = await tell(id);
         if (!isPatched) throw standsAgainst("change", story, "PENDING");
         return Response.json(storyOf(story));
@@ -246,7 +245,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       "/point/reservations/:id/retry",
       async ({ params }) => {
         const id = parseReservationId(params.id);
-        const isRetried = await retryReservation(database, id);
+        const isRetried = await twice(() => retryReservation(database, id));
         const story = await tell(id);
         if (!isRetried) throw standsAgainst("retry", story, "FAILED");
         return Response.json(storyOf(story));
@@ -431,6 +430,11 @@ function refusedChange({ userId, pointAmount }: PointTransaction, outcome: Refus
         `the balance of ${userId} would be more than ${MAX_POINT_NUM}`,
       );
   }
+}
+
+/** Tries a transition once more: only then does the row's story say why not, and not where it has come to since. */
+async function twice(transition: () => Promise<boolean>): Promise<boolean> {
+  return (await transition()) || (await transition());
 }
 
 function cannotCancel(story: ReservationStory): DomainError {

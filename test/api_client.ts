@@ -29,12 +29,16 @@ const TITLES: Record<number, string> = {
   400: "Bad Request",
   404: "Not Found",
   405: "Method Not Allowed",
+  409: "Conflict",
   413: "Content Too Large",
   415: "Unsupported Media Type",
   422: "Unprocessable Content",
   500: "Internal Server Error",
   503: "Service Unavailable",
 };
+
+/** What a 409 tells besides: where the reservation stands. */
+const FACTS = ["reservation_id", "reservation_status", "granted_at", "transaction_id"];
 
 /** Checks that an answer is the problem of RFC 9457 with these sentences, and that it tells nothing of the inside. */
 export async function expectProblem(response: Response, status: number, errors: string[]) {
@@ -47,7 +51,8 @@ export async function expectProblem(response: Response, status: number, errors: 
   const problem = JSON.parse(text);
   expect(problem).toMatchObject({ type: "about:blank", title: TITLES[status], status, errors });
   expect(problem.detail).toMatch(/\w/);
-  const known = ["type", "title", "status", "detail", "errors", ...(status >= 500 ? ["request_id"] : [])];
+  const more = status === 409 ? FACTS : status >= 500 ? ["request_id"] : [];
+  const known = ["type", "title", "status", "detail", "errors", ...more];
   expect(Object.keys(problem).filter((member) => !known.includes(member))).toEqual([]);
-  return problem as { detail: string; request_id?: string };
+  return problem as { detail: string; request_id?: string } & Record<string, unknown>;
 }

@@ -244,6 +244,7 @@ const FILTERS: [string, Pick<ListOptions, "status" | "campaign">, string[]][] = 
   ["of PROCESSING", { status: "PROCESSING" }, [USER]],
   ["of one campaign", { campaign: "summer" }, [CAMPAIGN]],
   ["of one status and campaign", { status: "DONE", campaign: "summer" }, [CAMPAIGN]],
+  ["of PENDING and one campaign", { status: "PENDING", campaign: "summer" }, [CAMPAIGN]],
 ];
 
 describe.each(FILTERS)("listReservations() %s", (_, filter, keys) => {
@@ -500,6 +501,16 @@ describe("changePoints()", () => {
       }
     },
   );
+
+  test("that shall not wait looks for balances that are held by their keys, too", async () => {
+    const batch = ["Other1", "Newcomer"].map((userId) => ({
+      ...{ idempotencyKey: DIRECT + uuidv7(), userId, pointAmount: 1 },
+    }));
+    const statements = await statementsOf((database) => changePoints(database, batch, { wait: false }));
+    const [balances, held] = statements.filter(({ sql }) => /^select.*point_root/.test(sql));
+    await expectServed(balances as Statement, { keys: { point_root: ["PRIMARY"] }, maxRows: 2 });
+    await expectServed(held as Statement, { keys: { point_root: ["PRIMARY"] }, maxRows: 1 });
+  });
 });
 
 // Last, as it changes many rows.

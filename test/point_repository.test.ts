@@ -397,6 +397,68 @@ describe("changePoints()", () => {
     20_000,
   );
 
+  test("that shall not wait calls busy what somebody holds, whatever its key, and does the rest at once", async () => {
+    await setBalance("held", 10n);
+    await setBalance("free", 10n);
+    const known = changeOf("known", "held", -4);
+    await change(known);
+    const batch = [
+      known,
+      changeOf("1", "free", -1),
+      changeOf("2", "held", 5),
+      changeOf("known", "held", 4),
+      changeOf("3", "new", 7),
+      changeOf("4", "held", -7),
+    ];
+    await db.database.transaction(async ({ select }) => {
+      await select("select point_num from point_root where user_id = 'held' for update");
+      const outcomes = await changePoints(db.database, batch, { wait: false });
+      expect(outcomes).toEqual(["busy", "changed", "busy", "busy", "changed", "busy"]);
+    });
+    expect(await Promise.all(["held", "free", "new"].map(pointsOf))).toEqual([6n, 9n, 7n]);
+    expect(await ledger()).toHaveLength(3);
+    // Let go, nothing of it was done, and all of it can be.
+    expect(await changePoints(db.database, batch, { wait: false })).toEqual([
+      ...(["replayed", "replayed", "changed", "conflict", "replayed", "changed"] as const),
+    ]);
+    expect(await Promise.all(["held", "free", "new"].map(pointsOf))).toEqual([4n, 9n, 7n]);
+  });
+
+  test("that may wait does, until the balance is let go, and goes by what is there then", async () => {
+    await setBalance("held", 10n);
+    let changed: Promise<ChangeOutcome[]> | undefined;
+    await db.database.transaction(async ({ execute }) => {
+      await execute("update point_root set point_num = 3 where user_id = 'held'");
+      changed = change(changeOf("1", "held", -4), changeOf("2", "held", -3));
+      await untilWaiting();
+    });
+    expect(await changed).toEqual(["too_few", "changed"]);
+    expect(await pointsOf("held")).toBe(0n);
+  });
+
+  test.each([true, false])("adds to a balance that somebody is just making (wait: %p)", async (wait) => {
+    let changed: Promise<ChangeOutcome[]> | undefined;
+    await db.database.transaction(async (connection) => {
+      await addPointsIdempotent(connection, [entryOf({ userId: "new", pointAmount: 5 })]);
+      changed = changePoints(db.database, [changeOf("1", "new", 2)], { wait });
+      await untilWaiting();
+    });
+    expect(await changed).toEqual(["changed"]);
+    expect(await pointsOf("new")).toBe(7n);
+    expect(await reconcile(db.database)).toMatchObject({ usersApart: 0 });
+  });
+
+  /** Waits until another statement on the balances is under way: it waits for a lock, as it does nothing long. */
+  async function untilWaiting(): Promise<void> {
+    await until("a change waits for a lock", async () => {
+      const [waiting] = await db.query(
+        "select id from information_schema.processlist where db = ? and info like '%point_root%' and id <> connection_id()",
+        [db.name],
+      );
+      return waiting !== undefined;
+    });
+  }
+
   test("by batches that bring the same users in opposite orders, beside grants, ends at the exact sums", async () => {
     const known = Array.from({ length: 20 }, (_, index) => `known${index}`);
     const fresh = Array.from({ length: 20 }, (_, index) => `new${index}`);
