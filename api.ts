@@ -24,12 +24,20 @@ import {
   findBalanceAt,
   findHoldings,
   findReservation,
+  findReservationByKey,
   listReservations,
   listTransactions,
   type ReservationStory,
 } from "./lib/history.ts";
 import { HttpError, noRoute, problem, readJson, readQuery } from "./lib/http.ts";
-import { brokenFieldRules, type FieldRules, parseTime, refuseBroken, timeRule } from "./lib/input.ts";
+import {
+  brokenFieldRules,
+  type FieldRules,
+  idempotencyKeyRule,
+  parseTime,
+  refuseBroken,
+  timeRule,
+} from "./lib/input.ts";
 import { withDeadline } from "./lib/loop.ts";
 import { cursorRule, limitRule, nextCursor, pageOf } from "./lib/page.ts";
 import {
@@ -212,6 +220,17 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       routes.reserve,
     )
     .post("/point/reserve/bulk", ({ request }) => reserveBulk(request), routes.reserveBulk)
+    .get(
+      "/point/reservations",
+      async ({ request }) => {
+        const rules = { idempotency_key: idempotencyKeyRule };
+        const { idempotency_key: key } = parseQuery(request, routes.KeyQuery, rules);
+        const story = await findReservationByKey(database, key);
+        if (!story) throw notFound("reservation not found", `no reservation has the idempotency key ${key}`);
+        return Response.json(storyOf(story));
+      },
+      routes.findByKey,
+    )
     .get(
       "/point/reservations/:id",
       async ({ params }) => Response.json(storyOf(await tell(parseReservationId(params.id)))),

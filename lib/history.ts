@@ -27,7 +27,16 @@ const { listedAs: _, campaignListedAs: __, ...COLUMNS } = getTableColumns(reserv
 export type ReservationStory = NonNullable<Awaited<ReturnType<typeof findReservation>>>;
 
 /** One reservation with its ledger entry, or undefined where there is none of that id. */
-export async function findReservation(database: Database, id: string) {
+export function findReservation(database: Database, id: string) {
+  return findStory(database, eq(reservations.id, id));
+}
+
+/** One reservation with its ledger entry, or undefined where there is none of that key. */
+export function findReservationByKey(database: Database, idempotencyKey: string) {
+  return findStory(database, eq(reservations.idempotencyKey, idempotencyKey));
+}
+
+async function findStory(database: Database, isIt: SQL) {
   const [found] = await database.run(({ drizzle }) =>
     drizzle
       .select({
@@ -37,7 +46,7 @@ export async function findReservation(database: Database, id: string) {
       })
       .from(reservations)
       .leftJoin(transactions, IS_ITS_ENTRY)
-      .where(eq(reservations.id, id)),
+      .where(isIt),
   );
   return found && { ...found.reservation, transactionId: found.transactionId, grantedAt: found.grantedAt };
 }

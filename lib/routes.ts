@@ -12,7 +12,7 @@ import {
   Transactions,
 } from "./answers.ts";
 import { BulkReservationInput } from "./bulk.ts";
-import { Time } from "./input.ts";
+import { IdempotencyKey, Time } from "./input.ts";
 import { answer, describe, refusal } from "./openapi.ts";
 import { Cursor, encodeCursor, Limit } from "./page.ts";
 import { PointChangeInput, UserId } from "./point.ts";
@@ -81,6 +81,7 @@ export const ReservedPointsQuery = Type.Object({
   campaign: Type.Optional(Campaign),
   ...Paging,
 });
+export const KeyQuery = Type.Object({ idempotency_key: IdempotencyKey });
 export const ConfirmQuery = Type.Object({ user_id: UserId });
 export const TransactionsQuery = Type.Object(Paging);
 
@@ -303,6 +304,35 @@ export const readReservation = describe({
     }),
   },
   refusals: { 400: refusal("The id is no UUID", NO_ID), ...NO_RESERVATION, ...UNAVAILABLE },
+});
+
+export const findByKey = describe({
+  summary: "The whole story of the reservation with an idempotency key",
+  description: "For whoever has the number of an order, and no reservation's id.",
+  query: KeyQuery,
+  answers: {
+    200: answer(Story, "Its story", {
+      "a reservation to come": { query: { idempotency_key: "order-41" }, answer: STORY },
+    }),
+  },
+  refusals: {
+    400: refusal("The key breaks a rule", {
+      "a blank": {
+        query: { idempotency_key: "order 41" },
+        errors: ["idempotency key is invalid format"],
+        detail:
+          'The query breaks a rule: idempotency_key must be 1 to 100 of A-Z, a-z, 0-9, _ and -: received "order 41"',
+      },
+    }),
+    404: refusal("No reservation has this key", {
+      unknown: {
+        query: { idempotency_key: "order-0" },
+        errors: ["reservation not found"],
+        detail: "Not found: no reservation has the idempotency key order-0",
+      },
+    }),
+    ...UNAVAILABLE,
+  },
 });
 
 export const cancel = describe({

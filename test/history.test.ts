@@ -6,6 +6,7 @@ import {
   findBalanceAt,
   findHoldings,
   findReservation,
+  findReservationByKey,
   type ListOptions,
   listReservations,
   listTransactions,
@@ -434,6 +435,27 @@ describe("findReservation()", () => {
       keys: { point_reservations: ["PRIMARY"], point_transactions: ["point_transactions_idempotency_key"] },
       maxRows: 1,
     });
+  });
+});
+
+describe("findReservationByKey()", () => {
+  test("reads one row by its key, and its ledger entry by the same", async () => {
+    const { id, idempotencyKey } = someRow("DONE");
+    const [statement] = await statementsOf(async (database) => {
+      expect((await findReservationByKey(database, idempotencyKey))?.id).toBe(id);
+    });
+    await expectServed(statement as Statement, {
+      keys: {
+        point_reservations: ["point_reservations_idempotency_key"],
+        point_transactions: ["point_transactions_idempotency_key"],
+      },
+      maxRows: 1,
+    });
+  });
+
+  test("takes keys that differ only in case for two", async () => {
+    const key = someRow("DONE").idempotencyKey.toUpperCase();
+    expect(await findReservationByKey(db.database, key)).toBeUndefined();
   });
 });
 

@@ -386,6 +386,7 @@ describe("the description", () => {
     expect(Object.fromEntries(named)).toEqual({
       "POST /point/reserve": [key],
       "POST /point/reserve/bulk": [key],
+      "GET /point/reservations": ["query idempotency_key"],
       "GET /point/reservations/{id}": [id],
       "DELETE /point/reservations/{id}": [id],
       "PATCH /point/reservations/{id}": [id],
