@@ -222,6 +222,11 @@ describe.each(MODES)("POST /point/reserve/bulk, %s,", (mode) => {
     const results = await reserveBulk(mode, rowsOf(userId, 1), { headers });
     expect(results).toMatchObject([{ result: "created" }]);
     expect(idsOf(results)).not.toContain(single.id);
+    // Nor could any other of a client's.
+    await reserveBulk(mode, rowsOf(userId, 2));
+    const made = (await storedOf(userId)).map((row) => row.idempotency_key).filter((key) => key !== userId);
+    expect(made).toHaveLength(3);
+    expect(made.filter((key) => /^[A-Za-z0-9_-]*$/.test(key))).toEqual([]);
   });
 
   test("gives the first ids again whatever became of the reservations: patched, cancelled, granted", async () => {
@@ -343,43 +348,59 @@ describe.each(MODES)("POST /point/reserve/bulk, %s,", (mode) => {
     await expectStored(userId, rows, forth);
   }, 30_000);
 
-  test.each<["the same" | "other"]>([["the same"], ["other"]])(
-    "sees a key that is taken with %s content while it is under way",
-    async (content) => {
-      const userId = newUser();
-      const rows = keyedRowsOf(userId, 1_500);
-      const taken = newReservation({ ...rows[700], ...(content === "other" && { point_amount: 9_999 }) });
-      const { promise: answer, resolve: answered } = Promise.withResolvers<Promise<Response>>();
-      await db.database.transaction(async (connection) => {
-        await createReservations(connection, [taken]);
-        answered(bulk(mode, rows));
-        await until("the bulk waits for the key", async () => {
-          const [waiting] = await db.query(
-            "select id from information_schema.processlist where db = ? and info like 'insert into point_reservations%'",
-            [db.name],
-          );
-          return waiting !== undefined;
-        });
+  // By their keys, one of them is in the first INSERT and one in the second.
+  test.each<["the same" | "other", number]>([
+    ["the same", 100],
+    ["the same", 700],
+    ["other", 100],
+    ["other", 700],
+  ])("sees a key that is taken with %s content while it is under way: row %d", async (content, index) => {
+    const userId = newUser();
+    const rows = keyedRowsOf(userId, 1_500);
+    const taken = newReservation({ ...rows[index], ...(content === "other" && { point_amount: 9_999 }) });
+    let answer: Promise<Response> | undefined;
+    await db.database.transaction(async (connection) => {
+      await createReservations(connection, [taken]);
+      answer = bulk(mode, rows);
+      await until("the bulk waits for the key", async () => {
+        const [waiting] = await db.query(
+          "select id from information_schema.processlist where db = ? and info like 'insert into point_reservations%'",
+          [db.name],
+        );
+        return waiting !== undefined;
       });
-      const response = await answer;
-      if (content === "other" && mode === "atomic") {
-        await expectProblem(response, 422, [`reservations[700]: ${CONFLICT}`]);
-        expect((await storedOf(userId)).map(({ id }) => id)).toEqual([taken.id]);
-        return;
-      }
-      const results = await resultsOf(response, mode);
-      const others = results.toSpliced(700, 1);
-      expect(kindsOf(others)).toEqual({ created: 1_499 });
-      if (content === "other") {
-        expect(results[700]).toEqual({ result: "refused", errors: [CONFLICT] } as never);
-      } else {
-        expect(results[700]).toMatchObject({ result: "replayed", reservation_id: taken.id });
-      }
-      const ids = (await storedOf(userId)).map(({ id }) => id);
-      expect(new Set(ids)).toEqual(new Set([...idsOf(others), taken.id]));
-      expect(ids).toHaveLength(1_500);
-    },
-  );
+    });
+    const response = (await answer) as Response;
+    if (content === "other" && mode === "atomic") {
+      await expectProblem(response, 422, [`reservations[${index}]: ${CONFLICT}`]);
+      expect((await storedOf(userId)).map(({ id }) => id)).toEqual([taken.id]);
+      return;
+    }
+    const results = await resultsOf(response, mode);
+    const others = results.toSpliced(index, 1);
+    expect(kindsOf(others)).toEqual({ created: 1_499 });
+    if (content === "other") {
+      expect(results[index]).toEqual({ result: "refused", errors: [CONFLICT] } as never);
+    } else {
+      expect(results[index]).toMatchObject({ result: "replayed", reservation_id: taken.id });
+    }
+    const ids = (await storedOf(userId)).map(({ id }) => id);
+    expect(new Set(ids)).toEqual(new Set([...idsOf(others), taken.id]));
+    expect(ids).toHaveLength(1_500);
+  });
+
+  test("inserts in the order of the keys: two with the same keys wait for each other instead of deadlock", async () => {
+    const userId = newUser();
+    const rows = keyedRowsOf(userId, 1_500).toReversed();
+    const inserted: string[] = [];
+    const watched = watchInserts(async (_, values) => {
+      const keys = JSON.stringify(values).match(new RegExp(`${userId}-\\d+`, "g"));
+      inserted.push(...(keys ?? []));
+    });
+    await reserveBulk(mode, rows, { send: appOn(watched).send });
+    expect(inserted).toHaveLength(1_500);
+    expect(inserted).toEqual(inserted.toSorted());
+  });
 
   test("answers 503 with Retry-After while MySQL is away", async () => {
     const [port] = await freePorts(1);
@@ -407,26 +428,32 @@ describe.each(MODES)("POST /point/reserve/bulk, %s,", (mode) => {
   });
 });
 
-/** A database whose first INSERT of many is followed by something, once; after it the others go on. */
-function openFailing(fail: (connection: Connection) => Promise<void>) {
-  let inserts = 0;
-  let failures = 0;
-  const broken = (connection: Connection): Connection => ({
+/** A database where something happens before each INSERT. */
+function watchInserts(before: (connection: Connection, values: unknown) => Promise<void>): Database {
+  const watched = (connection: Connection): Connection => ({
     ...connection,
     async execute(sql, values) {
-      if (sql.startsWith("insert") && ++inserts === 2) {
-        failures++;
-        await fail(connection);
-      }
+      if (sql.startsWith("insert")) await before(connection, values);
       return connection.execute(sql, values);
     },
   });
-  const database: Database = {
+  return {
     ...db.database,
-    run: (work, options) => db.database.run((connection) => work(broken(connection)), options),
+    run: (work, options) => db.database.run((connection) => work(watched(connection)), options),
     transaction: (work, options) =>
-      db.database.transaction((connection) => work(broken(connection)), options),
+      db.database.transaction((connection) => work(watched(connection)), options),
   };
+}
+
+/** A database whose second INSERT fails, once. */
+function openFailing(fail: (connection: Connection) => Promise<void>) {
+  let inserts = 0;
+  let failures = 0;
+  const database = watchInserts(async (connection) => {
+    if (++inserts !== 2) return;
+    failures++;
+    await fail(connection);
+  });
   return { database, failures: () => failures };
 }
 
@@ -630,11 +657,15 @@ describe("POST /point/reserve/bulk sent again", () => {
     await expectStored(userId, rows, second);
   });
 
-  test("with one other row, and no key, is another request", async () => {
-    const userId = newUser();
-    const rows = rowsOf(userId, 3);
+  test.each<[string, Row]>([
+    ["amount", { point_amount: 4 }],
+    ["time", { execute_at: "2029-02-22T22:59:00.001+09:00" }],
+    ["campaign", { campaign: "summer" }],
+    ["user", { user_id: newUser() }],
+  ])("with another %s in one row, and no key, is another request", async (_, other) => {
+    const rows = rowsOf(newUser(), 3);
     const first = await reserveBulk("atomic", rows);
-    const second = await reserveBulk("atomic", [rows[0], rows[1], { ...rows[2], point_amount: 4 }]);
+    const second = await reserveBulk("atomic", [rows[0], rows[1], { ...rows[2], ...other }]);
     expect(kindsOf(second)).toEqual({ created: 3 });
     expect(new Set([...idsOf(first), ...idsOf(second)]).size).toBe(6);
   });
