@@ -89,8 +89,8 @@ reservation's id stands for one of yours, in the state that the example's name s
 const MAX_BODY_BYTES = 64 * 1024;
 /** 10,000 rows with the longest values are 4 MiB, and as much again where they are indented. */
 const MAX_BULK_BYTES = 8 * 1024 * 1024;
-/** Bulk requests in hand at once; more are refused with 503. */
-const MAX_BULKS = 8;
+/** Bulk requests in hand at once; more are refused with 503. Four of the largest are answered within a client's patience. */
+const MAX_BULKS = 4;
 /** How long a bulk may wait for those before it, and then take in MySQL, in milliseconds. */
 const BULK_MS = 12_000;
 /** Campaigns that are cancelled at once. */

@@ -276,7 +276,7 @@ export async function retryReservation(database: Database, id: string): Promise<
     wasFailed = true;
     await drizzle
       .update(reservations)
-      .set({ status: "PENDING", scanAt: inMs(0), attempts: 0 })
+      .set({ status: "PENDING", scanAt: sql`greatest(now(3), ${reservations.executeAt})`, attempts: 0 })
       .where(and(isIt, eq(reservations.status, "FAILED")));
     return true;
   });
