@@ -16,7 +16,7 @@ import {
   transactionOf,
 } from "./lib/answers.ts";
 import { atRow, type BulkReservation, newBulkReservation } from "./lib/bulk.ts";
-import { coalesce, OverloadError } from "./lib/coalesce.ts";
+import { atMost, coalesce, OverloadError } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
 import { type Database, DatabaseError, openDatabase } from "./lib/database.ts";
 import { type BrokenRule, DomainError, type DomainErrorCode } from "./lib/errors.ts";
@@ -152,26 +152,20 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
     (bulks: BulkReservation[]) => Promise.all(bulks.map((bulk) => createRows(database, bulk))),
     { maxBatch: 1, maxWaiting: MAX_BULKS, maxWaitMs: BULK_MS },
   );
-  let bulksInHand = 0;
-  let campaignsInHand = 0;
+  // Their bodies are large: few at once may be in memory.
+  const takeBulk = atMost(MAX_BULKS, "bulks");
+  const takeCampaign = atMost(MAX_CAMPAIGNS, "campaigns to cancel");
 
-  /** Reserves many. Their bodies are large: few at once may be in memory. */
   async function reserveBulk(request: Request): Promise<Response> {
-    if (bulksInHand >= MAX_BULKS) throw new OverloadError(`Cannot take more than ${MAX_BULKS} bulks at once`);
-    bulksInHand++;
-    try {
-      const body = await readJson(request, { maxBytes: MAX_BULK_BYTES });
-      const bulk = newBulkReservation(body, headerKeyOf(request));
-      const results = await reserveMany(bulk);
-      if (bulk.mode === "atomic") refuseConflicts(results);
-      const shown = results.map((result) => {
-        if ("broken" in result) return refusedOf(result.broken.map(({ sentence }) => sentence));
-        return result.kind === "conflict" ? refusedOf([KEY_CONFLICT.sentence]) : acceptedOf(result);
-      });
-      return Response.json({ results: shown }, { status: bulk.mode === "atomic" ? 201 : 200 });
-    } finally {
-      bulksInHand--;
-    }
+    const body = await readJson(request, { maxBytes: MAX_BULK_BYTES });
+    const bulk = newBulkReservation(body, headerKeyOf(request));
+    const results = await reserveMany(bulk);
+    if (bulk.mode === "atomic") refuseConflicts(results);
+    const shown = results.map((result) => {
+      if ("broken" in result) return refusedOf(result.broken.map(({ sentence }) => sentence));
+      return result.kind === "conflict" ? refusedOf([KEY_CONFLICT.sentence]) : acceptedOf(result);
+    });
+    return Response.json({ results: shown }, { status: bulk.mode === "atomic" ? 201 : 200 });
   }
 
   /** Adds to a balance, or subtracts from it. */
@@ -219,7 +213,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       },
       routes.reserve,
     )
-    .post("/point/reserve/bulk", ({ request }) => reserveBulk(request), routes.reserveBulk)
+    .post("/point/reserve/bulk", ({ request }) => takeBulk(() => reserveBulk(request)), routes.reserveBulk)
     .get(
       "/point/reservations",
       async ({ request }) => {
@@ -275,12 +269,8 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
       "/point/campaigns/:campaign/cancel",
       async ({ params }) => {
         const campaign = parseCampaign(params.campaign);
-        if (campaignsInHand >= MAX_CAMPAIGNS) {
-          throw new OverloadError(`Cannot cancel more than ${MAX_CAMPAIGNS} campaigns at once`);
-        }
-        campaignsInHand++;
         const untilMs = performance.now() + CAMPAIGN_MS;
-        const counts = await cancelCampaign(database, campaign, { untilMs }).finally(() => campaignsInHand--);
+        const counts = await takeCampaign(() => cancelCampaign(database, campaign, { untilMs }));
         if (Object.values(counts).every((count) => count === 0)) {
           throw notFound("campaign not found", `no reservation is of the campaign ${campaign}`);
         }

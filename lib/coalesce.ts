@@ -17,6 +17,24 @@ export class OverloadError extends ForeseenError {
 }
 
 /**
+ * Makes a gate: of the work that is handed to it, at most `max` is in hand at once; more is refused with `OverloadError`.
+ *
+ * @param what names it, e.g. `bulks`
+ */
+export function atMost(max: number, what: string): <T>(work: () => Promise<T>) => Promise<T> {
+  let inHand = 0;
+  return async (work) => {
+    if (inHand >= max) throw new OverloadError(`Cannot take more than ${max} ${what} at once`);
+    inHand++;
+    try {
+      return await work();
+    } finally {
+      inHand--;
+    }
+  };
+}
+
+/**
  * Gathers items while a call is under way, and hands them over together in the next call: alone where it is quiet, in
  * large batches under load. One call at a time, items in their order.
  *

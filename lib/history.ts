@@ -66,7 +66,8 @@ export interface ListedReservation {
 
 /**
  * The reservations of a user in the order of `execute_at`, one more than `limit` where more follow. Any page costs the
- * same: each list of the index is read from the page's place on, and no further than the page.
+ * same: each list of the index is read from the page's place on, and no further than the page. But PENDING and PROCESSING
+ * are one list there: a page of the one passes over what is the other.
  */
 export async function listReservations(
   database: Database,
@@ -99,7 +100,9 @@ export async function listReservations(
         .orderBy(asc(reservations.executeAt), asc(reservations.id))
         .limit(limit + 1);
     if (status === "PENDING" || status === "PROCESSING") {
-      return select(eq(listedAs, "OPEN"), eq(reservations.status, status), isClaimable(status));
+      // Only what is due is ever claimed: a million that are not need not be looked at.
+      const mayBe = status === "PROCESSING" ? sql`${reservations.executeAt} <= now(3)` : undefined;
+      return select(eq(listedAs, "OPEN"), eq(reservations.status, status), mayBe);
     }
     if (status !== undefined) return select(eq(listedAs, status));
     const [first, second, ...rest] = LISTED_AS.map((one) => select(eq(listedAs, one)));
@@ -109,11 +112,6 @@ export async function listReservations(
       .orderBy(asc(sql`execute_at`), asc(sql`id`))
       .limit(limit + 1);
   });
-}
-
-/** Only what is due is ever claimed: a million that are not need not be looked at. */
-function isClaimable(status: ReservationStatus): SQL | undefined {
-  return status === "PROCESSING" ? sql`${reservations.executeAt} <= now(3)` : undefined;
 }
 
 export interface ListedTransaction {
@@ -173,7 +171,6 @@ export interface Holdings {
 
 /** What a user has and will have, or undefined where the user has no balance and no reservation to come. */
 export async function findHoldings(database: Database, userId: string): Promise<Holdings | undefined> {
-  const isToCome = and(eq(reservations.userId, userId), eq(reservations.listedAs, "OPEN"));
   const [found] = await database.run(({ drizzle }) => {
     const toCome = drizzle
       .select({
@@ -184,7 +181,7 @@ export async function findHoldings(database: Database, userId: string): Promise<
           .as("next_at"),
       })
       .from(reservations)
-      .where(isToCome)
+      .where(isToCome(userId))
       .as("to_come");
     // One statement, hence one snapshot: what is granted meanwhile is in one of the two sums, never in both or none.
     return drizzle
@@ -210,7 +207,7 @@ export async function findBalanceAt(
   userId: string,
   at: Date,
 ): Promise<Pick<Holdings, "pointNum" | "updatedAt"> | undefined> {
-  const [[sum], holdings] = await Promise.all([
+  const [[sum], isThere] = await Promise.all([
     database.run(({ drizzle }) =>
       drizzle
         .select({
@@ -220,9 +217,24 @@ export async function findBalanceAt(
         .from(transactions)
         .where(and(eq(transactions.userId, userId), lte(transactions.createdAt, at))),
     ),
-    findHoldings(database, userId),
+    isKnown(database, userId),
   ]);
-  return holdings && sum;
+  return isThere ? sum : undefined;
+}
+
+/** Whether a user has a balance or a reservation to come; it adds nothing up. */
+async function isKnown(database: Database, userId: string): Promise<boolean> {
+  const rows = await database.run(({ drizzle }) =>
+    unionAll(
+      drizzle.select({ userId: pointRoot.userId }).from(pointRoot).where(eq(pointRoot.userId, userId)),
+      drizzle.select({ userId: reservations.userId }).from(reservations).where(isToCome(userId)).limit(1),
+    ),
+  );
+  return rows.length > 0;
+}
+
+function isToCome(userId: string): SQL | undefined {
+  return and(eq(reservations.userId, userId), eq(reservations.listedAs, "OPEN"));
 }
 
 /** What comes after a position in ascending order; spelled out, since MySQL finds no range in `(a, b) > (?, ?)`. */

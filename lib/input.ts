@@ -90,6 +90,23 @@ export function refuseBroken(broken: readonly BrokenRule[], what: string): void 
   if (broken.length > 0) throw new DomainError("INVALID_INPUT", `The ${what} breaks a rule`, broken);
 }
 
+/**
+ * Reads a text from outside that has one rule.
+ *
+ * @param place names the value in the explanation, e.g. `user_id`
+ * @param what names it in the message, e.g. `user id`
+ * @throws {DomainError} INVALID_INPUT
+ */
+export function parseText(
+  value: unknown,
+  rule: FieldRule,
+  { place, what }: { place: string; what: string },
+): string {
+  const broken = rule(value, place);
+  refuseBroken(broken ? [broken] : [], what);
+  return value as string;
+}
+
 /** A moment, as it must be written. */
 export const Time = Type.String({
   format: "date-time",

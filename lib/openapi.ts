@@ -31,10 +31,7 @@ export function answer<Schema extends TSchema>(
 }
 
 /** One way a route refuses a request. */
-export interface Refusal<Schema extends TSchema = TSchema> {
-  schema: Schema;
-  description: string;
-  headers?: Record<string, string>;
+export interface Refusal<Schema extends TSchema = TSchema> extends Omit<Answer<Schema>, "examples"> {
   examples: Record<string, RefusedExample>;
 }
 

@@ -18,6 +18,8 @@ export const Cursor = Type.String({
   description: "`next_cursor` of the page before; left out for the first page",
 });
 
+const CURSOR = new RegExp(Cursor.pattern ?? "");
+
 /** Where a page ends: the next one starts after the row of this time and id. */
 export interface Position {
   time: Date;
@@ -63,7 +65,7 @@ export function encodeCursor({ time, id }: Position): string {
 }
 
 function decodeCursor(cursor: unknown): Position | undefined {
-  if (typeof cursor !== "string" || !/^[\w-]{1,100}$/.test(cursor)) return undefined;
+  if (typeof cursor !== "string" || !CURSOR.test(cursor)) return undefined;
   const [, ms, id] = /^(\d{1,15})\.(.{36})$/.exec(Buffer.from(cursor, "base64url").toString("latin1")) ?? [];
   if (ms === undefined || Number(ms) > LATEST_MS || id === undefined || !validateUuid(id)) return undefined;
   return { time: new Date(Number(ms)), id };

@@ -6,6 +6,7 @@ import {
   brokenHeaderKeyRules,
   IdempotencyKey,
   idempotencyKeyRule,
+  parseText,
   refuseBroken,
   ruleOf,
 } from "./input.ts";
@@ -50,9 +51,7 @@ export const pointAmountRule = amountRule(PointAmount, "point amount");
  * @throws {DomainError} INVALID_INPUT
  */
 export function parseUserId(value: unknown): string {
-  const broken = userIdRule(value, "user_id");
-  refuseBroken(broken ? [broken] : [], "user id");
-  return value as string;
+  return parseText(value, userIdRule, { place: "user_id", what: "user id" });
 }
 
 /** The body of `PUT /point/add` and `PUT /point/sub`. */

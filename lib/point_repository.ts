@@ -52,14 +52,21 @@ function sumByUser(entries: readonly PointTransaction[]): Map<string, number> {
 
 /** The ledger's entry of a key, or undefined. */
 export async function findLedgerEntry(
-  { drizzle }: Connection,
+  connection: Connection,
   idempotencyKey: string,
 ): Promise<LedgerRow | undefined> {
-  const [entry] = await drizzle
+  return (await findLedgerEntries(connection, [idempotencyKey])).get(idempotencyKey);
+}
+
+async function findLedgerEntries(
+  { drizzle }: Connection,
+  idempotencyKeys: string[],
+): Promise<Map<string, LedgerRow>> {
+  const rows = await drizzle
     .select()
     .from(pointTransactions)
-    .where(eq(pointTransactions.idempotencyKey, idempotencyKey));
-  return entry;
+    .where(inArray(pointTransactions.idempotencyKey, idempotencyKeys));
+  return new Map(rows.map((row) => [row.idempotencyKey, row]));
 }
 
 /** What became of a change of points that no reservation made. */
@@ -111,11 +118,10 @@ async function changeTogether(
   const userIds = [...new Set(batch.map(({ userId }) => userId))];
   const balances = await lockBalances(connection, userIds, wait);
   const busy = wait ? new Set() : await findHeld(connection, userIds, balances);
-  const entries = await findLedgerEntries(
+  const known: Map<string, PointTransaction> = await findLedgerEntries(
     connection,
     batch.map(({ idempotencyKey }) => idempotencyKey),
   );
-  const known = new Map<string, Omit<PointTransaction, "idempotencyKey">>(entries);
   const left = new Map(balances);
   const accepted: PointTransaction[] = [];
   const outcomes = batch.map((change): ChangeOutcome => {
@@ -179,14 +185,6 @@ async function findHeld(
     .from(pointRoot)
     .where(inArray(pointRoot.userId, others));
   return new Set(rows.map(({ userId }) => userId));
-}
-
-async function findLedgerEntries({ drizzle }: Connection, keys: string[]) {
-  const rows = await drizzle
-    .select()
-    .from(pointTransactions)
-    .where(inArray(pointTransactions.idempotencyKey, keys));
-  return rows.map((row) => [row.idempotencyKey, row] as const);
 }
 
 /** Not by the upsert: MySQL would check the row that it does not insert, whose points may be negative. */

@@ -1,11 +1,13 @@
 import { type Static, type TProperties, Type } from "@sinclair/typebox";
 import { v7 as uuidv7, validate as validateUuid } from "uuid";
-import { DomainError, showValue } from "./errors.ts";
+import { showValue } from "./errors.ts";
 import {
   brokenFieldRules,
   brokenHeaderKeyRules,
+  type FieldRule,
   IdempotencyKey,
   idempotencyKeyRule,
+  parseText,
   parseTime,
   refuseBroken,
   ruleOf,
@@ -138,19 +140,22 @@ export function newReservationPatch(input: unknown): ReservationPatch {
   };
 }
 
+const reservationIdRule: FieldRule = (value, place) =>
+  validateUuid(value)
+    ? undefined
+    : {
+        sentence: "reservation id is invalid format",
+        explanation: `${place} must be a UUID: received ${showValue(value)}`,
+      };
+
 /**
  * Reads a reservation's id from outside, in the lower case in which ids are kept.
  *
  * @throws {DomainError} INVALID_INPUT
  */
 export function parseReservationId(value: string): string {
-  if (validateUuid(value)) return value.toLowerCase();
-  throw new DomainError("INVALID_INPUT", "The reservation id breaks a rule", [
-    {
-      sentence: "reservation id is invalid format",
-      explanation: `the reservation id must be a UUID: received ${showValue(value)}`,
-    },
-  ]);
+  const names = { place: "the reservation id", what: "reservation id" };
+  return parseText(value, reservationIdRule, names).toLowerCase();
 }
 
 /**
@@ -159,7 +164,5 @@ export function parseReservationId(value: string): string {
  * @throws {DomainError} INVALID_INPUT
  */
 export function parseCampaign(value: unknown): string {
-  const broken = campaignRule(value, "campaign");
-  refuseBroken(broken ? [broken] : [], "campaign");
-  return value as string;
+  return parseText(value, campaignRule, { place: "campaign", what: "campaign" });
 }

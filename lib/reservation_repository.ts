@@ -137,19 +137,24 @@ function hasSameContent(first: Reservation, second: Reservation): boolean {
 }
 
 /**
- * PENDING or PROCESSING → CANCELLED. The grant locks the same row: one of the two comes first, and the other finds it
- * over. A message that is in the queue already changes nothing.
+ * PENDING or PROCESSING → CANCELLED. The grant locks the same rows, in the same order: one of the two comes first, and the
+ * other finds them over. A message that is in the queue already changes nothing.
  *
- * @returns whether this call cancelled it
+ * @returns how many this call cancelled
  */
-export async function cancelReservation(database: Database, id: string): Promise<boolean> {
+async function markCancelled(database: Database, ids: readonly string[]): Promise<number> {
   return database.run(async ({ drizzle }) => {
     const [{ affectedRows }] = await drizzle
       .update(reservations)
       .set({ status: "CANCELLED", scanAt: null })
-      .where(and(eq(reservations.id, id), inArray(reservations.status, OPEN)));
-    return affectedRows === 1;
+      .where(and(inArray(reservations.id, ids.toSorted()), inArray(reservations.status, OPEN)));
+    return affectedRows;
   });
+}
+
+/** Cancels one reservation, and says whether this call did. */
+export async function cancelReservation(database: Database, id: string): Promise<boolean> {
+  return (await markCancelled(database, [id])) === 1;
 }
 
 /** How many reservations of a campaign stand where. */
@@ -165,8 +170,8 @@ export interface CampaignCounts {
 const CANCEL_ROWS = 1_000;
 
 /**
- * PENDING or PROCESSING → CANCELLED for all of a campaign, up to 1,000 in one statement. What a crash interrupts is
- * cancelled in part; the same again goes on.
+ * Cancels all of a campaign that can still be cancelled, up to 1,000 in one statement. What a crash interrupts is cancelled
+ * in part; the same again goes on.
  *
  * @param options.untilMs when to stop, by `performance.now()`
  * @returns where its reservations stand then, whoever brought them there; all 0 where there are none
@@ -182,20 +187,9 @@ export async function cancelCampaign(
       drizzle.select({ id: reservations.id }).from(reservations).where(isOpen).limit(CANCEL_ROWS),
     );
     if (ids.length === 0) break;
-    await database.run(({ drizzle }) =>
-      drizzle
-        .update(reservations)
-        .set({ status: "CANCELLED", scanAt: null })
-        .where(
-          and(
-            inArray(
-              reservations.id,
-              // In the order in which the grant locks them.
-              ids.map(({ id }) => id).toSorted(),
-            ),
-            inArray(reservations.status, OPEN),
-          ),
-        ),
+    await markCancelled(
+      database,
+      ids.map(({ id }) => id),
     );
   }
   return countCampaign(database, campaign);

@@ -37,6 +37,7 @@ const NOW = "2026-02-01T00:00:00.000Z";
 const AFTER_PROCESSING = encodeCursor({ time: new Date(PAST), id: PROCESSING_ID });
 
 const ROW = { user_id: "TestUser01", point_amount: 100, execute_at: "2029-02-22T22:59:00+09:00" };
+const RESERVED = { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME };
 const STORY = {
   reservation_id: PENDING_ID,
   user_id: "TestUser01",
@@ -102,7 +103,7 @@ const NO_JSON = {
   408: refusal("The body did not arrive within 10 seconds"),
   415: refusal("The body is not application/json in UTF-8, or compressed"),
 };
-const TOO_LARGE = { 413: refusal("The body is larger than 64 KiB") };
+const NO_BODY = { ...NO_JSON, 413: refusal("The body is larger than 64 KiB") };
 const NO_ID = {
   "not a UUID": {
     params: { id: "42" },
@@ -115,19 +116,22 @@ const UNKNOWN = {
   errors: ["reservation not found"],
   detail: `Not found: no reservation has the id ${UNKNOWN_ID}`,
 };
-const NO_RESERVATION = { 404: refusal("There is no such reservation", { unknown: UNKNOWN }) };
-const NO_RESERVATION_TO_PATCH = {
-  404: refusal("There is no such reservation", {
-    unknown: { ...UNKNOWN, body: { point_amount: 250 } },
-  }),
+const NO_RESERVATION = {
+  400: refusal("The id is no UUID", NO_ID),
+  404: refusal("There is no such reservation", { unknown: UNKNOWN }),
 };
-const KEY_OF_ANOTHER_CHANGE = {
+const KEY_CONFLICT = {
+  errors: ["idempotency key is used with other content"],
+  detail:
+    "The idempotency key was used before, with other content: one key must always come with the same content; nothing was done",
+};
+const NO_CHANGE = {
+  ...NO_BODY,
+  ...UNAVAILABLE,
   422: refusal("The idempotency key came before, with other content. Nothing was changed", {
     "the key of another change": {
       body: { user_id: "TestUser01", point_num: 100, idempotency_key: "refund-7" },
-      errors: ["idempotency key is used with other content"],
-      detail:
-        "The idempotency key was used before, with other content: one key must always come with the same content; nothing was done",
+      ...KEY_CONFLICT,
     },
   }),
 };
@@ -167,16 +171,16 @@ export const reserve = describe({
       ...answer(Reserved, "Reserved", {
         "a key in the body": {
           body: { ...ROW, idempotency_key: "order-42" },
-          answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+          answer: RESERVED,
         },
         "a key in the header, and a campaign": {
           headers: { "idempotency-key": "order-43" },
           body: { ...ROW, campaign: "summer-2029" },
-          answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+          answer: RESERVED,
         },
         "the same again": {
           body: { ...ROW, campaign: "summer-2029", idempotency_key: "order-41" },
-          answer: { reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+          answer: RESERVED,
         },
       }),
     },
@@ -196,14 +200,11 @@ export const reserve = describe({
           'The reservation breaks a rule: execute_at must look like 2029-02-22T22:59:00+09:00, with at most milliseconds: received "2029-02-22T22:59:00"',
       },
     }),
-    ...TOO_LARGE,
-    ...NO_JSON,
+    ...NO_BODY,
     422: refusal("The idempotency key came before, with other content", {
       "the key of another reservation": {
         body: { ...ROW, point_amount: 200, idempotency_key: "order-41" },
-        errors: ["idempotency key is used with other content"],
-        detail:
-          "The idempotency key was used before, with other content: one key must always come with the same content; nothing was done",
+        ...KEY_CONFLICT,
       },
     }),
     ...UNAVAILABLE,
@@ -229,9 +230,9 @@ export const reserveBulk = describe({
         },
         answer: {
           results: [
-            { result: "created", reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+            { result: "created", ...RESERVED },
             { result: "refused", errors: ["point amount must be greater than 0"] },
-            { result: "replayed", reservation_id: PENDING_ID, status: "PENDING", execute_at: TIME },
+            { result: "replayed", ...RESERVED },
           ],
         },
       },
@@ -241,9 +242,10 @@ export const reserveBulk = describe({
         headers: { "idempotency-key": "bulk-7" },
         body: { mode: "atomic", reservations: [ROW, { ...ROW, user_id: "TestUser02" }] },
         answer: {
-          results: [PENDING_ID, PROCESSING_ID].map((id) => ({
-            ...{ result: "created", reservation_id: id, status: "PENDING", execute_at: TIME },
-          })),
+          results: [
+            { result: "created", ...RESERVED },
+            { result: "created", ...RESERVED, reservation_id: PROCESSING_ID },
+          ],
         },
       },
     }),
@@ -303,7 +305,7 @@ export const readReservation = describe({
       },
     }),
   },
-  refusals: { 400: refusal("The id is no UUID", NO_ID), ...NO_RESERVATION, ...UNAVAILABLE },
+  refusals: { ...NO_RESERVATION, ...UNAVAILABLE },
 });
 
 export const findByKey = describe({
@@ -357,7 +359,6 @@ export const cancel = describe({
     }),
   },
   refusals: {
-    400: refusal("The id is no UUID", NO_ID),
     ...NO_RESERVATION,
     409: {
       schema: StandsProblem,
@@ -414,7 +415,7 @@ export const patch = describe({
           "The change of a reservation breaks a rule: the body must have execute_at, point_amount or both: received neither",
       },
     }),
-    ...NO_RESERVATION_TO_PATCH,
+    404: refusal("There is no such reservation", { unknown: { ...UNKNOWN, body: { point_amount: 250 } } }),
     409: {
       schema: StandsProblem,
       description: "It is on its way, or over",
@@ -428,8 +429,7 @@ export const patch = describe({
         },
       },
     },
-    ...TOO_LARGE,
-    ...NO_JSON,
+    ...NO_BODY,
     ...UNAVAILABLE,
   },
 });
@@ -456,7 +456,6 @@ export const retry = describe({
     }),
   },
   refusals: {
-    400: refusal("The id is no UUID", NO_ID),
     ...NO_RESERVATION,
     409: {
       schema: StandsProblem,
@@ -557,7 +556,7 @@ export const readPoints = describe({
 export const listReserved = describe({
   summary: "The reservations of a user",
   description:
-    "By `execute_at`, in pages of `limit`; each page costs the same. A user who is not known has none. `status` and `campaign` filter.",
+    "By `execute_at`, in pages of `limit`; each page costs the same, but one of PENDING passes over what is PROCESSING, and the other way round. A user who is not known has none. `status` and `campaign` filter.",
   params: UserParams,
   query: ReservedPointsQuery,
   answers: {
@@ -710,10 +709,7 @@ export const add = describe({
           'The change of points breaks a rule: user_id must be 1 to 20 of A-Z, a-z and 0-9: received "Test-User"; point_num must be an integer from 1 to 2147483647: received 0',
       },
     }),
-    ...TOO_LARGE,
-    ...NO_JSON,
-    ...KEY_OF_ANOTHER_CHANGE,
-    ...UNAVAILABLE,
+    ...NO_CHANGE,
   },
 });
 
@@ -746,10 +742,7 @@ export const sub = describe({
         detail: "Cannot subtract 1 points: the user Nobody never got any",
       },
     }),
-    ...TOO_LARGE,
-    ...NO_JSON,
-    ...KEY_OF_ANOTHER_CHANGE,
-    ...UNAVAILABLE,
+    ...NO_CHANGE,
   },
 });
 

@@ -1,22 +1,19 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { type Connection, type Database, DatabaseError, openDatabase } from "../lib/database.ts";
 import { freePorts } from "../lib/dev/servers.ts";
-import { decodeMessage, encodeMessage } from "../lib/message.ts";
 import { findBalance } from "../lib/point_repository.ts";
 import { newReservation } from "../lib/reservation.ts";
 import { claimDue, createReservations } from "../lib/reservation_repository.ts";
-import { processMessages } from "../worker.ts";
 import { appOn, bodyOf, expectProblem, post, type Send } from "./api_client.ts";
 import {
   createTestDatabase,
   type RunningService,
-  silent,
   startService,
   type TestDatabase,
   uniqueName,
   until,
 } from "./harness.ts";
-import { openAnother } from "./pipeline.ts";
+import { openAnother, processReservations } from "./pipeline.ts";
 
 let db: TestDatabase;
 let api: RunningService;
@@ -173,8 +170,7 @@ describe.each(MODES)("POST /point/reserve/bulk, %s,", (mode) => {
     });
     const claimed = await claimDue(db.database, { limit: 1_000, leaseMs: 60_000 });
     expect(claimed.map(({ id }) => id)).toEqual(expect.arrayContaining(idsOf(results)));
-    const messages = [decodeMessage(encodeMessage(claimed))];
-    await processMessages(messages, { database: db.database, logger: silent, maxAttempts: 10 });
+    await processReservations([claimed], db);
     expect((await findBalance(db.database, userId))?.pointNum).toBe(6n);
   });
 

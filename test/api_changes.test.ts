@@ -2,11 +2,9 @@ import { afterAll, beforeAll, describe, expect, spyOn, test } from "bun:test";
 import { pino } from "pino";
 import { type Database, openDatabase } from "../lib/database.ts";
 import { freePorts } from "../lib/dev/servers.ts";
-import { decodeMessage, encodeMessage } from "../lib/message.ts";
 import { findBalance, reconcile } from "../lib/point_repository.ts";
 import { RESERVATION_STATUSES, type Reservation, type ReservationStatus } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
-import { processMessages } from "../worker.ts";
 import { appOn, bodyOf, expectProblem, post } from "./api_client.ts";
 import {
   createTestDatabase,
@@ -16,6 +14,7 @@ import {
   uniqueName,
   until,
 } from "./harness.ts";
+import { processReservations } from "./pipeline.ts";
 
 let db: TestDatabase;
 let app: ReturnType<typeof appOn>;
@@ -94,8 +93,8 @@ async function grant(
 ): Promise<Record<string, unknown>> {
   const log: Record<string, unknown>[] = [];
   const logger = pino({}, { write: (line: string) => log.push(JSON.parse(line)) });
-  const messages = reservations.map((reservation) => decodeMessage(encodeMessage([reservation])));
-  const outcomes = await processMessages(messages, { database, logger, maxAttempts: 10 });
+  const messages = reservations.map((reservation) => [reservation]);
+  const outcomes = await processReservations(messages, { database, logger });
   expect(outcomes).toEqual(reservations.map(() => "ack"));
   const { granted, over, not_due, failed, busy } = log.find(({ msg }) => msg === "processed") ?? {};
   return { granted, over, not_due, failed, busy };
@@ -285,7 +284,7 @@ describe("DELETE /point/reservations/:id", () => {
   test("cancels what was FAILED, and is tried again before it is looked at", async () => {
     const { id } = await insert("FAILED");
     const database = openInterrupted(
-      (isCancelled) => isCancelled === false,
+      (cancelled) => cancelled === 0,
       () => retry(id),
     );
     expect((await cancel(id, appOn(database))).status).toBe(200);

@@ -1,19 +1,11 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import { v7 as uuidv7 } from "uuid";
-import { decodeMessage, encodeMessage } from "../lib/message.ts";
 import { encodeCursor } from "../lib/page.ts";
 import { RESERVATION_STATUSES, type Reservation, type ReservationStatus } from "../lib/reservation.ts";
-import { processMessages } from "../worker.ts";
 import { appOn, expectProblem, post } from "./api_client.ts";
-import {
-  createTestDatabase,
-  insertReservation,
-  reservationOf,
-  silent,
-  type TestDatabase,
-} from "./harness.ts";
-import { insertReservations } from "./pipeline.ts";
+import { createTestDatabase, insertReservation, reservationOf, type TestDatabase } from "./harness.ts";
+import { insertReservations, processReservations } from "./pipeline.ts";
 
 let db: TestDatabase;
 let app: ReturnType<typeof appOn>;
@@ -348,9 +340,7 @@ describe("GET /users/:user_id/transactions", () => {
 
   async function grant(fields: Partial<Reservation>): Promise<Reservation> {
     const reservation = await insertReservation(db, { status: "PROCESSING", ...fields });
-    const message = decodeMessage(encodeMessage([reservation]));
-    const options = { database: db.database, logger: silent, maxAttempts: 10 };
-    expect(await processMessages([message], options)).toEqual(["ack"]);
+    expect(await processReservations([[reservation]], db)).toEqual(["ack"]);
     return reservation;
   }
 

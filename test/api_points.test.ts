@@ -1,24 +1,21 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { v7 as uuidv7 } from "uuid";
 import type { Database } from "../lib/database.ts";
-import { decodeMessage, encodeMessage } from "../lib/message.ts";
 import { reconcile } from "../lib/point_repository.ts";
 import type { Reservation } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
-import { processMessages } from "../worker.ts";
 import { appOn, bodyOf, expectProblem, post, type Send } from "./api_client.ts";
 import {
   createTestDatabase,
   insertReservation,
   type RunningService,
   reservationOf,
-  silent,
   startService,
   type TestDatabase,
   uniqueName,
   until,
 } from "./harness.ts";
-import { insertReservations } from "./pipeline.ts";
+import { insertReservations, processReservations } from "./pipeline.ts";
 
 let db: TestDatabase;
 let apis: RunningService[];
@@ -105,8 +102,10 @@ async function stateOf(user: string) {
 }
 
 function grant(reservations: readonly Reservation[]) {
-  const messages = reservations.map((reservation) => decodeMessage(encodeMessage([reservation])));
-  return processMessages(messages, { database: db.database, logger: silent, maxAttempts: 10 });
+  return processReservations(
+    reservations.map((reservation) => [reservation]),
+    db,
+  );
 }
 
 describe("GET /users/:user_id/points", () => {
@@ -682,9 +681,7 @@ describe("PUT /point/add and /point/sub under load:", () => {
       await insertReservations(fresh, { reservations, status: "PROCESSING" });
       const granting = (async () => {
         for (let at = 0; at < reservations.length; at += 20) {
-          const messages = [decodeMessage(encodeMessage(reservations.slice(at, at + 20)))];
-          const options = { database: fresh.database, logger: silent, maxAttempts: 10 };
-          expect(await processMessages(messages, options)).toEqual(["ack"]);
+          expect(await processReservations([reservations.slice(at, at + 20)], fresh)).toEqual(["ack"]);
         }
       })();
       const changing = Array.from({ length: 1_000 }, async (_, index) => {

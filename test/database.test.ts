@@ -3,7 +3,6 @@ import {
   type Connection,
   checkDurability,
   type Database,
-  DatabaseError,
   type DatabaseErrorKind,
   type DatabaseOptions,
   databaseErrorOf,
@@ -11,7 +10,7 @@ import {
 } from "../lib/database.ts";
 import { freePorts } from "../lib/dev/servers.ts";
 import { pointRoot } from "../lib/schema.ts";
-import { createTestDatabase, type TestDatabase } from "./harness.ts";
+import { createTestDatabase, errorOf, type TestDatabase } from "./harness.ts";
 
 let db: TestDatabase;
 beforeAll(async () => {
@@ -27,15 +26,6 @@ async function withDatabase<T>(
 ): Promise<T> {
   const database = openDatabase(options.url ?? db.url, options);
   return work(database).finally(() => database.close());
-}
-
-async function errorOf(work: Promise<unknown>): Promise<DatabaseError> {
-  const error = await work.then(
-    () => undefined,
-    (thrown) => thrown,
-  );
-  expect(error).toBeInstanceOf(DatabaseError);
-  return error;
 }
 
 function insert({ execute }: Connection, userId: string, points: number) {

@@ -1,9 +1,10 @@
+import { expect } from "bun:test";
 import { randomBytes } from "node:crypto";
 import { join } from "node:path";
 import { connect } from "amqplib";
 import { createConnection } from "mysql2/promise";
 import { pino } from "pino";
-import { type Connection, type Database, openDatabase } from "../lib/database.ts";
+import { type Connection, type Database, DatabaseError, openDatabase } from "../lib/database.ts";
 import { newReservation, type Reservation, type ReservationStatus } from "../lib/reservation.ts";
 import { migrate } from "../sql/migrate.ts";
 
@@ -88,6 +89,16 @@ export async function insertReservation(
     },
   ]);
   return reservation;
+}
+
+/** The DatabaseError that some work must end with. */
+export async function errorOf(work: Promise<unknown>): Promise<DatabaseError> {
+  const error = await work.then(
+    () => undefined,
+    (thrown) => thrown,
+  );
+  expect(error).toBeInstanceOf(DatabaseError);
+  return error;
 }
 
 /** Waits until `condition` gives a value that is not false or undefined; fails with `what` after `withinMs`. */

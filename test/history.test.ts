@@ -11,7 +11,6 @@ import {
   listReservations,
   listTransactions,
 } from "../lib/history.ts";
-import { decodeMessage, encodeMessage } from "../lib/message.ts";
 import type { Position } from "../lib/page.ts";
 import { DIRECT } from "../lib/point.ts";
 import { changePoints, findBalance } from "../lib/point_repository.ts";
@@ -23,9 +22,8 @@ import {
   patchReservation,
   retryReservation,
 } from "../lib/reservation_repository.ts";
-import { processMessages } from "../worker.ts";
-import { createTestDatabase, reservationOf, silent, type TestDatabase, until } from "./harness.ts";
-import { insertReservations } from "./pipeline.ts";
+import { createTestDatabase, reservationOf, type TestDatabase, until } from "./harness.ts";
+import { insertReservations, processReservations } from "./pipeline.ts";
 
 let db: TestDatabase;
 /** One connection: the server counts what each session reads. */
@@ -393,8 +391,7 @@ describe("findHoldings()", () => {
     let isOver = false;
     const granting = (async () => {
       for (const reservation of reservations) {
-        const messages = [decodeMessage(encodeMessage([reservation]))];
-        await processMessages(messages, { database: db.database, logger: silent, maxAttempts: 10 });
+        await processReservations([[reservation]], db);
       }
     })().finally(() => {
       isOver = true;
@@ -425,6 +422,17 @@ describe("findBalanceAt()", () => {
     });
     expect(plan[0]?.Extra).toMatch(FROM_INDEX_ALONE);
     expect(statements).toHaveLength(2);
+  });
+
+  test("asks whether it knows the user without adding up what is to come", async () => {
+    const statements = await statementsOf((database) => findBalanceAt(database, WHALE, new Date(0)));
+    const known = statements.find(({ sql }) => sql.includes("point_root")) as Statement;
+    await expectServed(known, {
+      keys: { point_reservations: [USER], point_root: ["PRIMARY"] },
+      maxRows: Math.max(1.5 * rowsOf(WHALE).length, rows.length / 10),
+      maxTemporary: 2,
+    });
+    expect(await readsOf((database) => findBalanceAt(database, WHALE, new Date(0)))).toBeLessThanOrEqual(10);
   });
 });
 

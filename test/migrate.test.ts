@@ -6,14 +6,13 @@ import { createConnection } from "mysql2/promise";
 import { DatabaseError } from "../lib/database.ts";
 import { freePorts } from "../lib/dev/servers.ts";
 import { DomainError } from "../lib/errors.ts";
-import { decodeMessage, encodeMessage } from "../lib/message.ts";
 import { reconcile } from "../lib/point_repository.ts";
 import { RESERVATION_STATUSES } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
 import { checkSchema, migrate } from "../sql/migrate.ts";
-import { processMessages } from "../worker.ts";
 import { appOn, post } from "./api_client.ts";
-import { createTestDatabase, silent, startService, type TestDatabase, until } from "./harness.ts";
+import { createTestDatabase, startService, type TestDatabase, until } from "./harness.ts";
+import { processReservations } from "./pipeline.ts";
 
 const ROOT = join(import.meta.dir, "..");
 const SQL = join(ROOT, "sql");
@@ -540,9 +539,7 @@ describe(SECOND, () => {
       const claimed = await claimDue(db.database, { limit: 1_000, leaseMs: 60_000 });
       // 9 that are PENDING and due, 19 whose lease is over, the patched one and the one tried again.
       expect(claimed).toHaveLength(30);
-      await processMessages([decodeMessage(encodeMessage(claimed))], {
-        ...{ database: db.database, logger: silent, maxAttempts: 3 },
-      });
+      await processReservations([claimed], { database: db.database, maxAttempts: 3 });
       expect(
         await db.query("select status, count(*) n from point_reservations group by status order by status"),
       ).toEqual([

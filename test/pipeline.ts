@@ -1,16 +1,18 @@
 import { expect } from "bun:test";
 import { type Channel, connect } from "amqplib";
 import { openDatabase } from "../lib/database.ts";
-import { encodeMessage } from "../lib/message.ts";
+import { decodeMessage, encodeMessage } from "../lib/message.ts";
 import { type Reconciliation, reconcile } from "../lib/point_repository.ts";
-import { openQueue, type Queue } from "../lib/queue.ts";
+import { type Outcome, openQueue, type Queue } from "../lib/queue.ts";
 import type { Reservation, ReservationStatus } from "../lib/reservation.ts";
+import { type GrantOptions, processMessages } from "../worker.ts";
 import {
   AMQP_URL,
   createTestDatabase,
   DATABASE_URL,
   deleteQueue,
   type RunningService,
+  silent,
   startService,
   type TestDatabase,
   uniqueName,
@@ -98,6 +100,18 @@ export async function insertReservations(
       ]),
     ],
   );
+}
+
+/**
+ * Grants reservations as a worker does when their messages come, one message for each of `messages`. Resolves to what
+ * becomes of the messages.
+ */
+export function processReservations(
+  messages: readonly (readonly Reservation[])[],
+  { database, logger = silent, maxAttempts = 10 }: Partial<GrantOptions> & Pick<GrantOptions, "database">,
+): Promise<Outcome[]> {
+  const received = messages.map((reservations) => decodeMessage(encodeMessage(reservations)));
+  return processMessages(received, { database, logger, maxAttempts });
 }
 
 /** Publishes messages as they are, `chunk` reservations in each. */
