@@ -34,11 +34,13 @@ import {
   brokenFieldRules,
   type FieldRules,
   idempotencyKeyRule,
+  LATEST_MS,
   parseTime,
   refuseBroken,
   timeRule,
 } from "./lib/input.ts";
-import { withDeadline } from "./lib/loop.ts";
+import { sleep, withDeadline } from "./lib/loop.ts";
+import { encodeHint } from "./lib/message.ts";
 import { cursorRule, limitRule, nextCursor, pageOf } from "./lib/page.ts";
 import {
   MAX_POINT_NUM,
@@ -48,6 +50,7 @@ import {
   userIdRule,
 } from "./lib/point.ts";
 import { type ChangeOutcome, changePoints, findBalance } from "./lib/point_repository.ts";
+import { openQueue, type Queue } from "./lib/queue.ts";
 import {
   campaignRule,
   newReservation,
@@ -73,6 +76,7 @@ import {
   describeError,
   isReadyInTime,
   listen,
+  logRetry,
   pingDatabase,
   runService,
   waitForDatabase,
@@ -106,6 +110,13 @@ const MAX_WAIT_MS = 5_000;
 /** How long MySQL may take for an INSERT or a SELECT, in milliseconds: clients have less patience than a worker. */
 const ACQUIRE_MS = 3_000;
 const WORK_MS = 5_000;
+/**
+ * Schedulers are told of what is due within this time, in milliseconds: far more than they ever sleep, since the clock of
+ * this host may be off.
+ */
+const HINT_AHEAD_MS = 3_600_000;
+/** The shortest time between two hints, in milliseconds. */
+const HINT_EVERY_MS = 5;
 /** How long open requests may take after a signal, in milliseconds. */
 const STOP_MS = 5_000;
 
@@ -129,15 +140,18 @@ export interface AppOptions {
   logger: Logger;
   /** The most reservations in one INSERT. */
   reserveBatch: number;
+  /** Called when something that is due at a time was reserved, or came to be due then: committed, and its scheduler may sleep. */
+  hint?: (executeAt: Date) => void;
 }
 
 /** The HTTP interface; `app.handle(request)` answers without a port. */
-export function createApp({ database, logger, reserveBatch }: AppOptions) {
+export function createApp({ database, logger, reserveBatch, hint = () => {} }: AppOptions) {
   const waiting = { maxBatch: reserveBatch, maxWaiting: MAX_WAITING, maxWaitMs: MAX_WAIT_MS };
-  const reserve = coalesce(
-    (batch: Reservation[]) => database.run((connection) => createReservations(connection, batch)),
-    waiting,
-  );
+  const reserve = coalesce(async (batch: Reservation[]) => {
+    const outcomes = await database.run((connection) => createReservations(connection, batch));
+    hint(soonestOf(batch));
+    return outcomes;
+  }, waiting);
   // A balance that somebody holds must not hold up those of others: its changes wait apart.
   const change = coalesce(
     (batch: PointTransaction[]) => changePoints(database, batch, { wait: false }),
@@ -149,7 +163,11 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
   );
   // One at a time: a bulk takes MySQL for as long as thousands of single ones.
   const reserveMany = coalesce(
-    (bulks: BulkReservation[]) => Promise.all(bulks.map((bulk) => createRows(database, bulk))),
+    async (bulks: BulkReservation[]) => {
+      const results = await Promise.all(bulks.map((bulk) => createRows(database, bulk)));
+      for (const { rows } of bulks) hint(soonestOf(rows));
+      return results;
+    },
     { maxBatch: 1, maxWaiting: MAX_BULKS, maxWaitMs: BULK_MS },
   );
   // Their bodies are large: few at once may be in memory.
@@ -250,6 +268,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
         const isPatched = await twice(() => patchReservation(database, id, patch));
         const story = await tell(id);
         if (!isPatched) throw standsAgainst("change", story, "PENDING");
+        hint(story.executeAt);
         return Response.json(storyOf(story));
       },
       routes.patch,
@@ -261,6 +280,7 @@ export function createApp({ database, logger, reserveBatch }: AppOptions) {
         const isRetried = await twice(() => retryReservation(database, id));
         const story = await tell(id);
         if (!isRetried) throw standsAgainst("retry", story, "FAILED");
+        hint(story.executeAt);
         return Response.json(storyOf(story));
       },
       routes.retry,
@@ -357,6 +377,28 @@ export type App = ReturnType<typeof createApp>;
 
 function ok(): Response {
   return Response.json({ messages: ["ok"] });
+}
+
+/** The soonest time of what was reserved; the end of all time where all of it was refused. */
+function soonestOf(rows: readonly (Reservation | { broken: readonly BrokenRule[] })[]): Date {
+  return new Date(
+    Math.min(LATEST_MS, ...rows.map((row) => ("broken" in row ? LATEST_MS : Number(row.executeAt)))),
+  );
+}
+
+/** Tells the schedulers of what is due soon: one hint for all that comes within a few milliseconds, lost where RabbitMQ is away. */
+function hintThrough(queue: Pick<Queue, "hint">): (executeAt: Date) => void {
+  const tell = coalesce(
+    async (times: number[]) => {
+      queue.hint(encodeHint(new Date(Math.min(...times))));
+      await sleep(HINT_EVERY_MS);
+      return times;
+    },
+    { maxBatch: MAX_WAITING },
+  );
+  return (executeAt) => {
+    if (executeAt.getTime() < Date.now() + HINT_AHEAD_MS) tell(executeAt.getTime());
+  };
 }
 
 function headerKeyOf(request: Request): string | undefined {
@@ -519,6 +561,8 @@ if (import.meta.main) {
         "DATABASE_URL",
         "DATABASE_CONNECTIONS",
         "ALLOW_LOSSY_DATABASE",
+        "AMQP_URL",
+        "QUEUE",
         "HOST",
         "PORT",
         "RESERVE_BATCH",
@@ -529,8 +573,18 @@ if (import.meta.main) {
         connections: config.DATABASE_CONNECTIONS,
         acquireMs: ACQUIRE_MS,
         workMs: WORK_MS,
+        onRetry: logRetry(logger),
       });
-      const app = createApp({ database, logger, reserveBatch: config.RESERVE_BATCH });
+      // Only for hints: without RabbitMQ all is reserved, and found when the schedulers next look.
+      const queue = openQueue(config.AMQP_URL, {
+        name: config.QUEUE,
+        onConnected: () => logger.info({ queue: config.QUEUE }, "connected to RabbitMQ"),
+        onDisconnected: (reason, retryInMs) => logger.warn({ reason, retryInMs }, "cannot wake schedulers"),
+      });
+      const app = createApp({
+        ...{ database, logger, reserveBatch: config.RESERVE_BATCH },
+        hint: hintThrough(queue),
+      });
       let isChecked = false;
       const server = listen({
         hostname: config.HOST,
@@ -543,7 +597,7 @@ if (import.meta.main) {
       if (isChecked) logger.info({ url: server.url.href }, "listening");
       await aborted(signal);
       await withDeadline(server.stop(), STOP_MS, () => new Error("late")).catch(() => server.stop(true));
-      await database.close();
+      await Promise.all([queue.close(), database.close()]);
     },
   });
 }

@@ -1,13 +1,14 @@
 import type { Logger } from "pino";
 import { readConfig, type Settings } from "./lib/config.ts";
 import { type Database, openDatabase } from "./lib/database.ts";
-import { runLoop, sleep } from "./lib/loop.ts";
-import { encodeMessage } from "./lib/message.ts";
+import { openAlarm, runLoop, sleep } from "./lib/loop.ts";
+import { decodeHint, encodeMessage } from "./lib/message.ts";
 import { openQueue, type Queue } from "./lib/queue.ts";
-import { type ClaimedReservation, claimDue, msUntilNextScan } from "./lib/reservation_repository.ts";
+import { type ClaimedReservation, claimDue, findNextScan } from "./lib/reservation_repository.ts";
 import {
   aborted,
   describeError,
+  logRetry,
   pingDatabase,
   runService,
   serveHealth,
@@ -21,6 +22,8 @@ const BACK_PRESSURE_MS = 200;
 const STOP_MS = 5_000;
 /** The shortest sleep: rows that are due but held by another scheduler or worker must not make a hot loop. */
 const MIN_SLEEP_MS = 20;
+/** How long to gather what is reserved for at once, before one scan takes all of it, in milliseconds. */
+const HINT_MS = 5;
 
 export interface ScanOptions {
   database: Database;
@@ -32,18 +35,24 @@ export interface ScanOptions {
   >;
 }
 
+export interface Scanned {
+  /** How many milliseconds to sleep before the next scan. */
+  sleepMs: number;
+  /** What the database's clock said at the end, in milliseconds since 1970; undefined where nobody asked it. */
+  nowMs?: number;
+}
+
 /**
  * One scan: claims what is due, and publishes it. A row whose message was not confirmed is left alone: it may have arrived,
  * and when its lease ends it is claimed again.
  *
- * @returns how many milliseconds to sleep before the next scan
  * @throws {QueueError} where RabbitMQ takes no messages, before anything is claimed
  * @throws {DatabaseError}
  */
-export async function scanAndPublish({ database, queue, logger, config }: ScanOptions): Promise<number> {
+export async function scanAndPublish({ database, queue, logger, config }: ScanOptions): Promise<Scanned> {
   // The backlog belongs in MySQL, where it can still be cancelled: claim no more than the queue may hold.
   const depth = await queue.depth();
-  if (depth * config.PUBLISH_CHUNK >= config.QUEUED_RESERVATIONS) return BACK_PRESSURE_MS;
+  if (depth * config.PUBLISH_CHUNK >= config.QUEUED_RESERVATIONS) return { sleepMs: BACK_PRESSURE_MS };
 
   const startedAt = performance.now();
   const claimed = await claimDue(database, { limit: config.SCAN_BATCH, leaseMs: config.LEASE_MS });
@@ -61,9 +70,9 @@ export async function scanAndPublish({ database, queue, logger, config }: ScanOp
       confirmed === messages.length ? "published" : "not all confirmed; their leases bring them again",
     );
   }
-  if (claimed.length === config.SCAN_BATCH) return 0;
-  const nextMs = (await msUntilNextScan(database)) ?? config.SCAN_INTERVAL_MS;
-  return Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, nextMs));
+  if (claimed.length === config.SCAN_BATCH) return { sleepMs: 0 };
+  const { nowMs, inMs = config.SCAN_INTERVAL_MS } = await findNextScan(database);
+  return { sleepMs: Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, inMs)), nowMs };
 }
 
 function chunk(claimed: readonly ClaimedReservation[], size: number): ClaimedReservation[][] {
@@ -93,7 +102,10 @@ if (import.meta.main) {
         "LOG_LEVEL",
       ]),
     async main({ config, logger, signal }) {
-      const database = openDatabase(config.DATABASE_URL, { connections: config.DATABASE_CONNECTIONS });
+      const database = openDatabase(config.DATABASE_URL, {
+        connections: config.DATABASE_CONNECTIONS,
+        onRetry: logRetry(logger),
+      });
       let queue: Queue | undefined;
       const health = serveHealth({
         hostname: config.HOST,
@@ -106,6 +118,9 @@ if (import.meta.main) {
       });
       if (await waitForDatabase(() => checkDatabase(database, config), { signal, logger })) {
         const connected = Promise.withResolvers<void>();
+        const alarm = openAlarm();
+        // What the database's clock is ahead of this process's own: hints name times of the former.
+        let aheadMs = 0;
         const opened = openQueue(config.AMQP_URL, {
           name: config.QUEUE,
           publishTimeoutMs: config.PUBLISH_TIMEOUT_MS,
@@ -114,11 +129,25 @@ if (import.meta.main) {
             connected.resolve();
           },
           onDisconnected: (reason, retryInMs) => logger.warn({ reason, retryInMs }, "waiting for RabbitMQ"),
+          onHint(content) {
+            const executeAt = decodeHint(content);
+            if (executeAt) {
+              alarm.wakeIn(Math.max(HINT_MS, executeAt.getTime() - aheadMs - performance.now()));
+            }
+          },
         });
         queue = opened;
         await Promise.race([connected.promise, aborted(signal)]);
-        const scanning = runLoop(() => scanAndPublish({ database, queue: opened, logger, config }), {
+        const scan = async () => {
+          // What was hinted at before is in the tables by now; what comes from here on may not be seen by this scan.
+          alarm.clear();
+          const { sleepMs, nowMs } = await scanAndPublish({ database, queue: opened, logger, config });
+          if (nowMs !== undefined) aheadMs = nowMs - performance.now();
+          return sleepMs;
+        };
+        const scanning = runLoop(scan, {
           signal,
+          alarm,
           onFailure: (error, retryInMs) =>
             logger.warn({ error: describeError(error), retryInMs }, "scan failed"),
         });

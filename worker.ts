@@ -16,6 +16,7 @@ import {
 import {
   aborted,
   describeError,
+  logRetry,
   pingDatabase,
   runService,
   serveHealth,
@@ -106,11 +107,12 @@ async function grantTogether(connection: Connection, ids: readonly string[]): Pr
   const rows = await lockReservations(connection, ids);
   const due = rows.filter((row) => refuse(row) === undefined);
   if (due.length > 0) {
-    await addPointsIdempotent(connection, due);
     await markDone(
       connection,
       due.map(({ id }) => id),
     );
+    // Last: everybody who gets points at this moment waits for the lock on the balance, from here to the COMMIT.
+    await addPointsIdempotent(connection, due);
   }
   const verdicts = new Map<string, Verdict>(ids.map((id) => [id, "unknown"]));
   for (const row of rows) verdicts.set(row.id, refuse(row) ?? "granted");
@@ -137,8 +139,8 @@ async function grantAlone(id: string, lockedUsers: Set<string>, options: GrantOp
         const reason = `The ledger has the idempotency key already, with other content: entry ${entry.id}`;
         return fail(connection, row, { reason, ...options });
       }
-      if (!entry) await addPointsIdempotent(connection, [row]);
       await markDone(connection, [id]);
+      if (!entry) await addPointsIdempotent(connection, [row]);
       return "granted";
     });
   } catch (error) {
@@ -210,11 +212,15 @@ if (import.meta.main) {
         "WORKER_PORT",
         "WORKER_BATCH",
         "WORKER_PREFETCH",
+        "WORKER_TRANSACTIONS",
         "MAX_ATTEMPTS",
         "LOG_LEVEL",
       ]),
     async main({ config, logger, signal }) {
-      const database = openDatabase(config.DATABASE_URL, { connections: config.DATABASE_CONNECTIONS });
+      const database = openDatabase(config.DATABASE_URL, {
+        connections: config.DATABASE_CONNECTIONS,
+        onRetry: logRetry(logger),
+      });
       let queue: Queue | undefined;
       const health = serveHealth({
         hostname: config.HOST,
@@ -235,7 +241,11 @@ if (import.meta.main) {
           (messages: ReservationMessage[][]) =>
             processMessages(messages, { database, logger, maxAttempts: config.MAX_ATTEMPTS }),
           // What waits is bounded by the prefetch.
-          { maxBatch: config.WORKER_BATCH, weight: (message) => message.length },
+          {
+            maxBatch: config.WORKER_BATCH,
+            maxCalls: config.WORKER_TRANSACTIONS,
+            weight: (message) => message.length,
+          },
         );
         queue.consume({
           prefetch: config.WORKER_PREFETCH,

@@ -9,6 +9,8 @@ export interface CoalesceOptions<T> {
   maxWaitMs?: number;
   /** What an item counts, 1 unless told. */
   weight?: (item: T) => number;
+  /** The most calls at once, 1 unless told. */
+  maxCalls?: number;
 }
 
 /** More waits than may wait; nothing was done with the item. */
@@ -36,13 +38,19 @@ export function atMost(max: number, what: string): <T>(work: () => Promise<T>) =
 
 /**
  * Gathers items while a call is under way, and hands them over together in the next call: alone where it is quiet, in
- * large batches under load. One call at a time, items in their order.
+ * large batches under load. Items are handed over in their order.
  *
  * @param call gets at least one item; returns one result for each, in the same order. What it throws rejects every item of that call.
  */
 export function coalesce<T, R>(
   call: (items: T[]) => Promise<R[]>,
-  { maxBatch, maxWaiting = Infinity, maxWaitMs = Infinity, weight = () => 1 }: CoalesceOptions<T>,
+  {
+    maxBatch,
+    maxWaiting = Infinity,
+    maxWaitMs = Infinity,
+    weight = () => 1,
+    maxCalls = 1,
+  }: CoalesceOptions<T>,
 ): (item: T) => Promise<R> {
   const waiting: {
     item: T;
@@ -51,10 +59,10 @@ export function coalesce<T, R>(
     reject: (error: unknown) => void;
   }[] = [];
   let waitingWeight = 0;
-  let running = false;
+  let calls = 0;
 
   async function run() {
-    running = true;
+    calls++;
     // Let all that arrives in this turn of the event loop come along.
     await Promise.resolve();
     while (waiting.length > 0) {
@@ -71,7 +79,7 @@ export function coalesce<T, R>(
         for (const { reject } of batch) reject(error);
       }
     }
-    running = false;
+    calls--;
   }
 
   /** Those in front wait longest. */
@@ -105,7 +113,7 @@ export function coalesce<T, R>(
     const { promise, resolve, reject } = Promise.withResolvers<R>();
     waiting.push({ item, since: performance.now(), resolve, reject });
     waitingWeight += weight(item);
-    if (!running) run();
+    if (calls < maxCalls) run();
     return promise;
   };
 }

@@ -37,7 +37,8 @@ export const Settings = Type.Object({
     "nothing is claimed while the queue holds this many, each message counted as PUBLISH_CHUNK",
   ),
   WORKER_BATCH: whole(1, 5_000, 1_000, "most reservations granted in one transaction"),
-  WORKER_PREFETCH: whole(1, 10_000, 50, "most messages in a worker's hands"),
+  WORKER_TRANSACTIONS: whole(1, 100, 2, "transactions of a worker at once"),
+  WORKER_PREFETCH: whole(1, 10_000, 10, "most messages in a worker's hands"),
   MAX_ATTEMPTS: whole(1, 100, 10, "failures of its own after which a reservation is FAILED"),
   ALLOW_LOSSY_DATABASE: Type.Boolean({
     default: false,

@@ -129,6 +129,8 @@ export interface DatabaseOptions {
   /** How long to wait for a connection, and then for the work on it, in milliseconds. */
   acquireMs?: number;
   workMs?: number;
+  /** Told of each deadlock and lost connection after which a piece of work starts again. */
+  onRetry?: (error: DatabaseError, attempt: number) => void;
 }
 
 /** How often a piece of work starts before its deadlock or lost connection is told to the caller. */
@@ -140,7 +142,7 @@ const CLOSE_MS = 2_000;
 /** Opens the pool; connects only when the first work comes. */
 export function openDatabase(
   url: string,
-  { connections = 10, acquireMs = 5_000, workMs = 20_000 }: DatabaseOptions = {},
+  { connections = 10, acquireMs = 5_000, workMs = 20_000, onRetry }: DatabaseOptions = {},
 ): Database {
   const pool = createPool({
     uri: url.replace(/^mariadb:/, "mysql:"),
@@ -202,6 +204,7 @@ export function openDatabase(
         const mayPass =
           error instanceof DatabaseError && (error.kind === "deadlock" || error.kind === "lost");
         if (!mayPass || attempt === MAX_TRIES) throw error;
+        onRetry?.(error, attempt);
         await sleep(backoffMs(attempt, { baseMs: 20, maxMs: 500 }));
       }
     }

@@ -25,6 +25,46 @@ export async function withDeadline<T>(promise: Promise<T>, ms: number, late: () 
   }
 }
 
+/** A sleep that can be cut short, also before it begins. */
+export interface Alarm {
+  /** Ends the sleep, this one or the next, at the latest `ms` from now. */
+  wakeIn(ms: number): void;
+  /** Forgets what was said until now. */
+  clear(): void;
+  /** Sleeps `ms`, shorter where the alarm or `signal` ends it. */
+  sleep(ms: number, signal: AbortSignal): Promise<void>;
+}
+
+export function openAlarm(): Alarm {
+  let wakeAtMs = Infinity;
+  let rouse = () => {};
+  return {
+    wakeIn(ms) {
+      const atMs = performance.now() + ms;
+      if (atMs >= wakeAtMs) return;
+      wakeAtMs = atMs;
+      rouse();
+    },
+    clear() {
+      wakeAtMs = Infinity;
+    },
+    async sleep(ms, signal) {
+      const endMs = performance.now() + ms;
+      for (;;) {
+        const leftMs = Math.min(endMs, wakeAtMs) - performance.now();
+        if (leftMs <= 0 || signal.aborted) return;
+        // A new time to wake ends this sleep and begins one that is shorter.
+        const roused = new AbortController();
+        rouse = () => roused.abort();
+        const stop = () => roused.abort();
+        signal.addEventListener("abort", stop, { once: true });
+        await sleep(Math.ceil(leftMs), roused.signal);
+        signal.removeEventListener("abort", stop);
+      }
+    },
+  };
+}
+
 export interface RetryOptions {
   signal: AbortSignal;
   /** Called after each failure with the error and the time until the next try; throws what no retry can mend. */
@@ -55,11 +95,16 @@ export async function retry<T>(attempt: () => Promise<T>, options: RetryOptions)
 /**
  * Runs a step again and again until `signal` is aborted; a step under way is finished. The step says how many
  * milliseconds to sleep before the next one; one that throws is tried again with backoff.
+ *
+ * @param options.alarm sleeps between the steps
  */
-export async function runLoop(step: () => Promise<number>, options: RetryOptions): Promise<void> {
-  const { signal } = options;
+export async function runLoop(
+  step: () => Promise<number>,
+  options: RetryOptions & { alarm?: Pick<Alarm, "sleep"> },
+): Promise<void> {
+  const { signal, alarm = { sleep } } = options;
   while (!signal.aborted) {
     const sleepMs = await retry(step, options);
-    if (sleepMs !== undefined && sleepMs > 0) await sleep(sleepMs, signal);
+    if (sleepMs !== undefined && sleepMs > 0) await alarm.sleep(sleepMs, signal);
   }
 }

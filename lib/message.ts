@@ -2,12 +2,15 @@ import { type Static, Type } from "@sinclair/typebox";
 import { TypeCompiler } from "@sinclair/typebox/compiler";
 import { validate as validateUuid } from "uuid";
 import { DomainError } from "./errors.ts";
+import { parseTime } from "./input.ts";
 import type { Reservation } from "./reservation.ts";
 
 /** The most reservations that one message may carry. */
 export const MAX_MESSAGE_RESERVATIONS = 1_000;
 /** The largest message in bytes: 1,000 reservations with the longest keys are about a quarter of it. */
 const MAX_MESSAGE_BYTES = 1024 * 1024;
+
+const MAX_HINT_BYTES = 100;
 
 /** What travels on the queue for one reservation. Only `reservation_id` counts: the row decides the rest. */
 const ReservationMessage = Type.Object({
@@ -62,6 +65,22 @@ export function decodeMessage(content: Uint8Array): ReservationMessage[] {
   const stranger = messages.findIndex((message) => !validateUuid(message.reservation_id));
   if (stranger >= 0) throw unreadable(`must carry UUIDs: reservation_id of item ${stranger} is none`);
   return messages;
+}
+
+/** Writes the hint that something was reserved which is due at a time. */
+export function encodeHint(executeAt: Date): Buffer {
+  return Buffer.from(JSON.stringify({ execute_at: executeAt.toISOString() }));
+}
+
+/** Reads a hint, whoever wrote it; undefined where it is none. */
+export function decodeHint(content: Buffer): Date | undefined {
+  if (content.byteLength > MAX_HINT_BYTES) return undefined;
+  try {
+    const time = parseTime(JSON.parse(content.toString()).execute_at, "execute_at");
+    return time instanceof Date ? time : undefined;
+  } catch {
+    return undefined;
+  }
 }
 
 function unreadable(rule: string): DomainError {

@@ -225,13 +225,18 @@ export interface Reconciliation {
   agree: boolean;
 }
 
-/** Compares DONE reservations, ledger and balances, all as of one moment. Reads the whole of the three tables. */
-export async function reconcile(database: Database): Promise<Reconciliation> {
+/**
+ * Compares DONE reservations, ledger and balances, all as of one moment. Reads the whole of the three tables.
+ *
+ * @param options.workMs how long that may take, in milliseconds
+ */
+export async function reconcile(database: Database, options?: { workMs: number }): Promise<Reconciliation> {
   type Row = Record<Exclude<keyof Reconciliation, "agree">, string | number>;
   // One statement, hence one snapshot: a grant between two statements would look like a difference.
-  const [row] = await database.run((connection) =>
-    connection.select<Row>(
-      `
+  const [row] = await database.run(
+    (connection) =>
+      connection.select<Row>(
+        `
       select
         (select coalesce(sum(point_amount), 0) from point_reservations where status = 'DONE') reservations,
         (select coalesce(sum(point_amount), 0) from point_transactions
@@ -252,8 +257,9 @@ export async function reconcile(database: Database): Promise<Reconciliation> {
         (select count(*) from point_transactions t
           join point_reservations r on r.idempotency_key = t.idempotency_key
           where t.created_at < r.execute_at) early`,
-      [`${DIRECT}%`],
-    ),
+        [`${DIRECT}%`],
+      ),
+    options,
   );
   if (!row) throw new Error("A SELECT without a table gave no row");
   const [reservations, direct, ledger, balances] = [

@@ -31,6 +31,10 @@ export interface Queue {
    */
   publish(contents: readonly Buffer[]): Promise<number>;
   /**
+   * Tells whoever listens with `onHint`. Nobody waits for it, and it may get lost: where RabbitMQ is away it is.
+   */
+  hint(content: Buffer): void;
+  /**
    * How many messages wait in the queue.
    *
    * @throws {QueueError} where RabbitMQ is away or takes no messages now
@@ -56,6 +60,8 @@ export interface QueueOptions extends QueueEvents {
   name: string;
   /** How long to wait for the broker's confirms, in milliseconds. */
   publishTimeoutMs?: number;
+  /** Gets the hints of all who have opened the queue of this name. */
+  onHint?: (content: Buffer) => void;
 }
 
 const CONNECT_MS = 10_000;
@@ -67,6 +73,9 @@ const GOOD_MS = 10_000;
 /** Far more than back-pressure lets in; a publisher that runs wild is refused, not the broker's disk filled. */
 const MAX_MESSAGES = 1_000_000;
 const MAX_DEAD_MESSAGES = 100_000;
+/** Hints that wait for one listener; the oldest make room, since the listener looks at the tables anyhow. */
+const MAX_HINTS = 100;
+const HINT_TTL_MS = 10_000;
 /** A message that was given back so often kills its workers; RabbitMQ moves it to the dead letters. */
 const MAX_DELIVERIES = 20;
 
@@ -87,7 +96,7 @@ interface Session {
  */
 export function openQueue(
   url: string,
-  { name, publishTimeoutMs = 5_000, onConnected, onDisconnected }: QueueOptions,
+  { name, publishTimeoutMs = 5_000, onConnected, onDisconnected, onHint }: QueueOptions,
 ): Queue {
   const closing = new AbortController();
   let session: Session | undefined;
@@ -121,6 +130,7 @@ export function openQueue(
   }
 
   async function live(current: Session): Promise<string> {
+    if (onHint) await listenForHints(current.channel, name, onHint);
     if (consumer && !stopped) await subscribe(current, consumer);
     onConnected();
     return current.ended;
@@ -182,6 +192,14 @@ export function openQueue(
       // The queue is gone: a new session makes it again.
       if (current.returned.size > 0) current.end("RabbitMQ returned messages: the queue is missing");
       return confirmed;
+    },
+    hint(content) {
+      if (!session || session.blocked) return;
+      try {
+        session.channel.publish(hintsOf(name), "", content, { persistent: false });
+      } catch {
+        // The channel closed since.
+      }
     },
     async depth() {
       const current = connected();
@@ -256,6 +274,7 @@ function failWith(reason: string): never {
 
 async function assertQueues(channel: ConfirmChannel, name: string) {
   const dead = `${name}.dead`;
+  await channel.assertExchange(hintsOf(name), "fanout", { durable: true });
   await channel.assertQueue(dead, {
     durable: true,
     arguments: { "x-queue-type": "quorum", "x-max-length": MAX_DEAD_MESSAGES },
@@ -273,6 +292,22 @@ async function assertQueues(channel: ConfirmChannel, name: string) {
       "x-dead-letter-routing-key": dead,
     },
   });
+}
+
+/** The exchange that hands a hint to every listener. */
+function hintsOf(name: string): string {
+  return `${name}.hints`;
+}
+
+async function listenForHints(channel: ConfirmChannel, name: string, onHint: (content: Buffer) => void) {
+  const { queue } = await channel.assertQueue("", {
+    exclusive: true,
+    autoDelete: true,
+    durable: false,
+    arguments: { "x-max-length": MAX_HINTS, "x-message-ttl": HINT_TTL_MS },
+  });
+  await channel.bindQueue(queue, hintsOf(name), "");
+  await channel.consume(queue, (message) => message && onHint(message.content), { noAck: true });
 }
 
 /** Resolves to whether the broker has the message in the queue; never rejects. */

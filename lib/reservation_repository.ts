@@ -1,4 +1,4 @@
-import { and, asc, eq, inArray, sql } from "drizzle-orm";
+import { and, eq, inArray, sql } from "drizzle-orm";
 import { type Connection, type Database, DatabaseError } from "./database.ts";
 import type { Reservation, ReservationPatch, ReservationStatus } from "./reservation.ts";
 import { pointReservations as reservations } from "./schema.ts";
@@ -276,6 +276,23 @@ export async function retryReservation(database: Database, id: string): Promise<
   });
 }
 
+// The statements of the hot path are raw: Drizzle takes 5 ms to build one with 1,000 ids, mysql2 a tenth of that.
+
+const CLAIMABLE = `
+  select id, user_id userId, point_amount pointAmount, execute_at executeAt, idempotency_key idempotencyKey, campaign,
+    timestampdiff(microsecond, scan_at, now(3)) div 1000 lateMs
+  from point_reservations force index (point_reservations_scan_at)
+  where scan_at <= now(3) order by scan_at, id limit ? for update skip locked`;
+const MARK_PROCESSING = `
+  update point_reservations set status = 'PROCESSING', scan_at = now(3) + interval ? microsecond
+  where id in (?) and status in ('PENDING', 'PROCESSING')`;
+const LOCK = `
+  select id, user_id userId, point_amount pointAmount, idempotency_key idempotencyKey, status, attempts,
+    execute_at <= now(3) isDue, timestampdiff(microsecond, execute_at, now(3)) div 1000 lateMs
+  from point_reservations where id in (?) order by id for update`;
+const MARK_DONE = `
+  update point_reservations set status = 'DONE', scan_at = null where id in (?) and status = 'PROCESSING'`;
+
 export interface ClaimedReservation extends Reservation {
   /** How many milliseconds after `scan_at` the claim came, by the database's clock. */
   lateMs: number;
@@ -292,47 +309,37 @@ export async function claimDue(
   database: Database,
   { limit, leaseMs }: { limit: number; leaseMs: number },
 ): Promise<ClaimedReservation[]> {
-  return database.transaction(async ({ drizzle }) => {
-    const claimed = await drizzle
-      .select({
-        ...COLUMNS,
-        lateMs: sql`timestampdiff(microsecond, ${reservations.scanAt}, now(3)) div 1000`.mapWith(Number),
-      })
-      // A plan without this index would lock every candidate row, and other schedulers would get nothing.
-      .from(reservations, { forceIndex: "point_reservations_scan_at" })
-      .where(sql`${reservations.scanAt} <= now(3)`)
-      .orderBy(asc(reservations.scanAt), asc(reservations.id))
-      .limit(limit)
-      .for("update", { skipLocked: true });
+  return database.transaction(async (connection) => {
+    const claimed = await connection.select<ClaimedReservation>(CLAIMABLE, [limit]);
     if (claimed.length === 0) return claimed;
-    await drizzle
-      .update(reservations)
-      .set({ status: "PROCESSING", scanAt: inMs(leaseMs) })
-      .where(
-        and(
-          inArray(
-            reservations.id,
-            claimed.map(({ id }) => id),
-          ),
-          inArray(reservations.status, OPEN),
-        ),
-      );
+    await connection.execute(MARK_PROCESSING, [leaseMs * 1_000, claimed.map(({ id }) => id)]);
     return claimed;
   });
 }
 
-/** How many milliseconds until the next reservation is due, negative where it is already; undefined where none waits. */
-export async function msUntilNextScan(database: Database): Promise<number | undefined> {
+/** When the scheduler must look next, by the database's clock. */
+export interface NextScan {
+  /** What that clock says now, in milliseconds since 1970. */
+  nowMs: number;
+  /** How many milliseconds until the next reservation is due, negative where it is already; undefined where none waits. */
+  inMs: number | undefined;
+}
+
+export async function findNextScan(database: Database): Promise<NextScan> {
+  type Row = { nowMs: number | string; inMs: number | string | null };
   const [next] = await database.run((connection) =>
-    connection.select<{ ms: number | string | null }>(
-      "select ceiling(timestampdiff(microsecond, now(3), min(scan_at)) / 1000) ms from point_reservations",
+    connection.select<Row>(
+      `select unix_timestamp(now(3)) * 1000 nowMs, ceiling(timestampdiff(microsecond, now(3), min(scan_at)) / 1000) inMs
+       from point_reservations`,
     ),
   );
-  return next?.ms == null ? undefined : Number(next.ms);
+  if (!next) throw new Error("A SELECT of a minimum gave no row");
+  return { nowMs: Number(next.nowMs), inMs: next.inMs === null ? undefined : Number(next.inMs) };
 }
 
 /** A reservation as the grant finds it, locked until the transaction ends. */
-export interface LockedReservation extends Reservation {
+export interface LockedReservation
+  extends Pick<Reservation, "id" | "userId" | "pointAmount" | "idempotencyKey"> {
   status: ReservationStatus;
   attempts: number;
   /** Whether `execute_at` has come by the database's clock. */
@@ -343,21 +350,13 @@ export interface LockedReservation extends Reservation {
 
 /** Locks rows in the order of their ids, so that two workers with the same rows wait instead of deadlock. */
 export async function lockReservations(
-  { drizzle }: Connection,
+  connection: Connection,
   ids: readonly string[],
 ): Promise<LockedReservation[]> {
-  return drizzle
-    .select({
-      ...COLUMNS,
-      status: reservations.status,
-      attempts: reservations.attempts,
-      isDue: sql`${reservations.executeAt} <= now(3)`.mapWith(Boolean),
-      lateMs: sql`timestampdiff(microsecond, ${reservations.executeAt}, now(3)) div 1000`.mapWith(Number),
-    })
-    .from(reservations)
-    .where(inArray(reservations.id, [...ids]))
-    .orderBy(asc(reservations.id))
-    .for("update");
+  if (ids.length === 0) return [];
+  type Row = Omit<LockedReservation, "isDue"> & { isDue: 0 | 1 };
+  const rows = await connection.select<Row>(LOCK, [ids]);
+  return rows.map((row) => ({ ...row, isDue: row.isDue === 1 }));
 }
 
 /**
@@ -365,11 +364,8 @@ export async function lockReservations(
  *
  * @throws {Error} where a row was not PROCESSING: the transaction must not commit what it has granted
  */
-export async function markDone({ drizzle }: Connection, ids: readonly string[]): Promise<void> {
-  const [{ affectedRows }] = await drizzle
-    .update(reservations)
-    .set({ status: "DONE", scanAt: null })
-    .where(and(inArray(reservations.id, [...ids]), eq(reservations.status, "PROCESSING")));
+export async function markDone(connection: Connection, ids: readonly string[]): Promise<void> {
+  const { affectedRows } = await connection.execute(MARK_DONE, [ids]);
   if (affectedRows !== ids.length) {
     throw new Error(`Cannot mark ${ids.length} reservations as DONE: ${affectedRows} were PROCESSING`);
   }

@@ -78,6 +78,11 @@ export function describeError(error: unknown): Record<string, unknown> {
   return { message: String(error) };
 }
 
+/** Says in the log that a piece of work in MySQL starts again, and why: many of these are a storm of deadlocks. */
+export function logRetry(logger: Logger): (error: DatabaseError, attempt: number) => void {
+  return (error, attempt) => logger.warn({ error: describeError(error), attempt }, "starting again in MySQL");
+}
+
 /**
  * Waits until MySQL answers and `check` passes, saying so in the log, for as long as it takes.
  *

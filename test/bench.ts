@@ -1,332 +1,196 @@
 /**
- * Measures the program on real services and prints tables:
- * `bun run bench [--part reserve|drain|lists] [--count N] [--rows N]`; all parts unless told.
+ * Measures the program on real services, each figure beside a limit that is measured in the same run, and prints tables:
+ * `bun run bench [--quick] [--json FILE] [--part reserve|grant|flat|lateness|scale|memory|lists] [--count N]`. Every part
+ * ends by checking that nothing was lost, doubled or early, and fails if something was.
+ *
+ * Settings of the processes, e.g. `WORKER_BATCH=500`, are handed on to them.
  */
 import { parseArgs } from "node:util";
-import { reservationOf, type TestDatabase, until } from "./harness.ts";
-import {
-  countStatuses,
-  expectAllDoneOnce,
-  insertReservations,
-  openPipeline,
-  requestsOf,
-} from "./pipeline.ts";
+import { Settings } from "../lib/config.ts";
+import { benchDatabaseOnly, benchGrant, type GrantFigures } from "./bench_grant.ts";
+import { benchBurst, benchSteady } from "./bench_lateness.ts";
+import { benchLists } from "./bench_lists.ts";
+import { benchReserve } from "./bench_reserve.ts";
+import type { Usages } from "./bench_usage.ts";
 
-const PARTS = { reserve: benchReserve, drain: benchDrain, lists: benchLists };
-type Part = keyof typeof PARTS;
+const PARTS = ["reserve", "grant", "flat", "lateness", "scale", "memory", "lists"] as const;
+type Part = (typeof PARTS)[number];
+/** Those of `--quick`, which ends within a minute. */
+const QUICK_PARTS: Part[] = ["reserve", "grant", "flat", "lateness", "scale"];
 
 const { values } = parseArgs({
   options: {
-    part: { type: "string", multiple: true, default: Object.keys(PARTS) },
-    /** How many reservations are reserved and granted. */
-    count: { type: "string", default: "20000" },
+    quick: { type: "boolean", default: false },
+    json: { type: "string" },
+    part: { type: "string", multiple: true },
+    /** How many reservations are granted in each part. */
+    count: { type: "string" },
     /** How many reservations stand in the table whose lists are read. */
     rows: { type: "string", default: "1000000" },
   },
 });
-/** What the lists of so few cost is what a page costs by itself; fewer do not fill a page. */
-const FEW_ROWS = 1_000;
-const parts = values.part.filter((part): part is Part => part in PARTS);
-const [count, listRows] = [Number(values.count), Number(values.rows)];
+const { quick } = values;
+const unknown = values.part?.filter((part) => !PARTS.includes(part as Part)) ?? [];
+const parts = (values.part as Part[] | undefined) ?? (quick ? QUICK_PARTS : PARTS);
+const [count, listRows] = [Number(values.count ?? (quick ? 10_000 : 200_000)), Number(values.rows)];
 const faults = [
-  parts.length < values.part.length && `--part must be reserve, drain or lists: received ${values.part}`,
-  !(Number.isSafeInteger(count) && count >= 1) &&
-    `--count must be a whole number from 1: received ${values.count}`,
-  !(Number.isSafeInteger(listRows) && listRows >= FEW_ROWS) &&
-    `--rows must be a whole number from ${FEW_ROWS}: received ${values.rows}`,
+  unknown.length > 0 && `--part must be ${PARTS.join(", ")}: received ${unknown.join(", ")}`,
+  !(Number.isSafeInteger(count) && count >= 1_000) &&
+    `--count must be a whole number from 1000: received ${values.count}`,
+  !(Number.isSafeInteger(listRows) && listRows >= 1_000) &&
+    `--rows must be a whole number from 1000: received ${values.rows}`,
 ].filter((fault) => fault !== false);
 if (faults.length > 0) {
   console.error(`Cannot measure as ${faults.join("; and as ")}`);
   process.exit(1);
 }
-const CONCURRENCY = 200;
-/** Rows of one INSERT of the preparation. */
-const ROWS = 2_000;
 
-interface Measure {
-  what: string;
-  settings: Record<string, string>;
+const USERS = 100_000;
+const FEW_USERS = 2_000;
+const settings = Object.fromEntries(
+  Object.keys(Settings.properties)
+    .filter((name) => !/URL$|PORT$|^HOST$|^QUEUE$/.test(name))
+    .flatMap((name) => (Bun.env[name] ? [[name, Bun.env[name]]] : [])),
+);
+const startedAt = performance.now();
+const seconds = quick ? 2 : 10;
+
+const rows: Record<string, unknown>[] = [];
+const usageRows: Record<string, unknown>[] = [];
+const json = {
+  reserve: {} as Record<string, number>,
+  grant: {} as Record<string, number>,
+  flat: {} as Record<string, number>,
+  lateness: {} as Record<string, number>,
+  rss_mb: {} as Record<string, number>,
+  scale: {} as Record<string, number>,
+  deadlocks: 0,
+};
+
+function progress(what: string): void {
+  const s = Math.round((performance.now() - startedAt) / 1_000);
+  console.error(`${String(s).padStart(5)} s  ${what}`);
 }
 
-/** Reservations per second that one real api process answers with 201. */
-async function measureReserve({ settings }: Measure): Promise<number> {
-  await using pipeline = await openPipeline();
-  const { url } = await pipeline.start("api", settings);
-  const bodies = requestsOf(count, { spreadMs: 86_400_000 }).map((request) => JSON.stringify(request));
-  const waiting = bodies.values();
-  async function client() {
-    for (const body of waiting) {
-      const response = await fetch(`${url}/point/reserve`, {
-        method: "POST",
-        headers: { "content-type": "application/json" },
-        body,
+function show(what: string, figure: string, limit?: { what: string; ratio: number }): void {
+  rows.push({ what, figure, ...(limit && { beside: limit.what, ratio: limit.ratio.toFixed(2) }) });
+  progress(`${what}: ${figure}${limit ? `, ${limit.ratio.toFixed(2)} × ${limit.what}` : ""}`);
+}
+
+function showUsages(part: string, usages: Usages): void {
+  for (const [process, { rssMb, cpuS }] of usages) {
+    usageRows.push({ part, process, "peak RSS, MB": Math.round(rssMb), "CPU, s": cpuS.toFixed(1) });
+    if (process in { api: 1, scheduler: 1, worker: 1 }) {
+      json.rss_mb[process] = Math.round(Math.max(json.rss_mb[process] ?? 0, rssMb));
+    }
+  }
+}
+
+const perSecond = (figure: number) => `${Math.round(figure).toLocaleString("en")}/s`;
+const ms = (figure: number) =>
+  `${figure < 10 ? figure.toFixed(1) : Math.round(figure).toLocaleString("en")} ms`;
+const latency = ({ p50Ms, p99Ms }: { p50Ms: number; p99Ms: number }) => `p50 ${ms(p50Ms)}, p99 ${ms(p99Ms)}`;
+
+/** Grants of 100,000 users, the figure that others stand beside; measured once. */
+let usual: Promise<GrantFigures> | undefined;
+function usualGrant(): Promise<GrantFigures> {
+  usual ??= grant("grant", { users: USERS });
+  return usual;
+}
+
+async function grant(part: string, options: Omit<Parameters<typeof benchGrant>[0], "count" | "settings">) {
+  const figures = await benchGrant({ count, settings, ...options });
+  showUsages(part, figures.usages);
+  json.deadlocks += figures.deadlocks;
+  return figures;
+}
+
+const RUN: Record<Part, () => Promise<void>> = {
+  async reserve() {
+    const { reserve, noop, usages } = await benchReserve({ seconds, settings });
+    for (const connections of [64, 256] as const) {
+      const [load, limit] = [reserve[connections], noop[connections]];
+      show(`reserve, ${connections} connections`, `${perSecond(load.perS)}, ${latency(load)}`, {
+        what: `noop ${perSecond(limit.perS)}`,
+        ratio: load.perS / limit.perS,
       });
-      if (response.status !== 201) throw new Error(`Reserving was answered with ${response.status}`);
-      await response.arrayBuffer();
     }
-  }
-  const startedAt = performance.now();
-  await Promise.all(Array.from({ length: CONCURRENCY }, client));
-  const perSecond = perSecondSince(startedAt);
-  const { PENDING } = await countStatuses(pipeline.test);
-  if (PENDING !== count) throw new Error(`${count} were answered with 201, ${PENDING} are there`);
-  return perSecond;
-}
-
-/** Reservations per second that one scheduler and one worker bring from due to DONE. */
-async function measureDrain({ settings }: Measure): Promise<number> {
-  await using pipeline = await openPipeline();
-  for (let inserted = 0; inserted < count; inserted += ROWS) {
-    const reservations = Array.from({ length: Math.min(ROWS, count - inserted) }, (_, index) =>
-      reservationOf({
-        userId: `User${(inserted + index) % 1_000}`,
-        executeAt: new Date(Date.now() + 3_600_000),
-      }),
-    );
-    await insertReservations(pipeline.test, { reservations });
-  }
-  for (const entry of ["worker", "scheduler"] as const) {
-    const { url } = await pipeline.start(entry, settings);
-    await until(`${entry} is ready`, async () => (await fetch(`${url}/ready`)).status === 200);
-  }
-  // All at one moment, with both processes warm.
-  await pipeline.test.query(
-    "update point_reservations set execute_at = utc_timestamp(3), scan_at = utc_timestamp(3)",
-  );
-  const startedAt = performance.now();
-  await until(
-    "all are DONE",
-    async () => {
-      // Rarely: counting reads the whole table.
-      await Bun.sleep(250);
-      return (await countStatuses(pipeline.test)).DONE === count;
-    },
-    600_000,
-  );
-  const perSecond = perSecondSince(startedAt);
-  await expectAllDoneOnce(pipeline.test, count);
-  return perSecond;
-}
-
-function perSecondSince(startedAt: number): number {
-  return count / ((performance.now() - startedAt) / 1_000);
-}
-
-async function compare(measure: (one: Measure) => Promise<number>, [usual, bare]: [Measure, Measure]) {
-  console.log(
-    `${count} reservations each, ${CONCURRENCY} at once where there are requests; this takes a while`,
-  );
-  const base = await measure(bare);
-  const rows = [
-    [bare, base],
-    [usual, await measure(usual)],
-  ] as const;
-  console.table(
-    rows.map(([{ what }, perSecond]) => ({
-      what,
-      "reservations/s": Math.round(perSecond).toLocaleString("en"),
-      ratio: `${(perSecond / base).toFixed(1)} ×`,
-    })),
-  );
-}
-
-function benchReserve(): Promise<void> {
-  return compare(measureReserve, [
-    { what: "reserve over HTTP, coalesced", settings: {} },
-    { what: "reserve over HTTP, RESERVE_BATCH=1", settings: { RESERVE_BATCH: "1" } },
-  ]);
-}
-
-function benchDrain(): Promise<void> {
-  return compare(measureDrain, [
-    { what: "due → DONE, usual chunks", settings: {} },
-    { what: "due → DONE, PUBLISH_CHUNK=1", settings: { PUBLISH_CHUNK: "1" } },
-  ]);
-}
-
-/** The user with 3 of 10 reservations; the others are of up to 100,000 users. */
-const HEAVY = "Heavy";
-const LIMIT = 100;
-const DEEP_PAGE = 1_000;
-/** Requests of which the median is taken, and when to be content with fewer, in milliseconds. */
-const SAMPLES = 101;
-const SAMPLES_MS = 10_000;
-
-/** A list of one user: its path, and what orders its entries. */
-interface List {
-  path: string;
-  orderOf: (entry: Record<string, string>) => string;
-  isDescending?: boolean;
-  filter?: Record<string, string>;
-}
-
-const byExecution = (entry: Record<string, string>) => `${entry.add_date} ${entry.reservation_id}`;
-const LISTS: List[] = [
-  { path: "reserved-points", orderOf: byExecution },
-  { path: "reserved-points", orderOf: byExecution, filter: { status: "DONE" } },
-  { path: "reserved-points", orderOf: byExecution, filter: { status: "PENDING" } },
-  { path: "reserved-points", orderOf: byExecution, filter: { campaign: "summer" } },
-  {
-    path: "transactions",
-    orderOf: (entry) => `${entry.created_at} ${entry.transaction_id}`,
-    isDescending: true,
+    showUsages("reserve", usages);
+    json.reserve = {
+      rps_64: reserve[64].perS,
+      rps_256: reserve[256].perS,
+      p99_ms_256: reserve[256].p99Ms,
+      noop_rps_256: noop[256].perS,
+    };
   },
-];
-
-interface Times {
-  firstMs: number;
-  /** Of the last full page. */
-  deep?: { page: number; ms: number };
-}
-
-/** What a user's lists and sums cost where there are few rows, and where there are many. */
-async function benchLists(): Promise<void> {
-  console.log(`Lists of a user with 3 of 10 of ${listRows} reservations; this takes a while`);
-  const [few, many] = [await measureLists(FEW_ROWS), await measureLists(listRows)];
-  console.table(
-    Array.from(many, ([what, { firstMs, deep }]) => ({
-      what,
-      [`ms of ${FEW_ROWS} rows`]: few.get(what)?.firstMs.toFixed(1),
-      "ms, page 1": firstMs.toFixed(1),
-      ...(deep && {
-        "deep page": deep.page.toLocaleString("en"),
-        "ms, deep page": deep.ms.toFixed(1),
-        ratio: (deep.ms / firstMs).toFixed(2),
-      }),
-    })),
-  );
-}
-
-async function measureLists(rows: number): Promise<Map<string, Times>> {
-  await using pipeline = await openPipeline();
-  const startedAt = performance.now();
-  await fillForLists(pipeline.test, rows);
-  console.log(`${rows} reservations filled in in ${Math.round((performance.now() - startedAt) / 1_000)} s`);
-  const { url } = await pipeline.start("api");
-  const user = `${url}/users/${HEAVY}`;
-  const times = new Map<string, Times>();
-  for (const list of LISTS) {
-    const query = new URLSearchParams({ limit: String(LIMIT), ...list.filter });
-    const first = `${user}/${list.path}?${query}`;
-    const deep = await walk(first, list);
-    const [firstMs, deepMs] = await medianMs([first, deep.url]);
-    const filter = Object.entries(list.filter ?? {}).map(([name, value]) => `, ${name}=${value}`);
-    times.set(`${list.path}${filter.join("")}`, { firstMs, deep: { page: deep.page, ms: deepMs } });
-  }
-  const at = encodeURIComponent(new Date(Date.now() - 86_400_000).toISOString());
-  const sums = ["points", `points?at=${at}`] as const;
-  const [nowMs, atMs] = await medianMs([`${user}/${sums[0]}`, `${user}/${sums[1]}`]);
-  return times.set("points", { firstMs: nowMs }).set("points, at a day ago", { firstMs: atMs });
-}
-
-/**
- * Turns the pages over one by one: each must be full, of the filter, and after the one before.
- *
- * @returns the last full page, the thousandth at most
- */
-async function walk(first: string, { orderOf, isDescending, filter }: List) {
-  let full = { page: 0, url: first };
-  let last: string | undefined;
-  for (let page = 1, url = first; page <= DEEP_PAGE; page++) {
-    const answer = await getJson(url);
-    const { next_cursor, ...lists } = answer as { next_cursor: string | null };
-    const entries = Object.values(lists)[0] as Record<string, string>[];
-    // Only the last page may be short.
-    if (entries.length !== LIMIT && (next_cursor !== null || page === 1)) {
-      throw new Error(`Page ${page} of ${url} has ${entries.length} entries`);
+  async grant() {
+    for (const users of [USERS, FEW_USERS]) {
+      const isUsual = users === USERS;
+      const limit = await benchDatabaseOnly({ count, users, settings });
+      const { perS } = isUsual ? await usualGrant() : await grant("grant, few users", { users });
+      show(`grant, ${users.toLocaleString("en")} users`, perSecond(perS), {
+        what: `db_only ${perSecond(limit)}`,
+        ratio: perS / limit,
+      });
+      if (isUsual) json.grant = { per_s: perS, db_only_per_s: limit };
     }
-    if (entries.length === LIMIT) full = { page, url };
-    for (const entry of entries) {
-      const place = orderOf(entry);
-      const isAfter = last === undefined || (isDescending ? place < last : place > last);
-      const isRight = Object.entries(filter ?? {}).every(([name, value]) => entry[name] === value);
-      if (!isAfter || !isRight) throw new Error(`Page ${page} of ${url} has a wrong entry: ${place}`);
-      last = place;
-    }
-    if (next_cursor === null) break;
-    url = `${first}&cursor=${next_cursor}`;
-  }
-  return full;
-}
-
-async function getJson(url: string): Promise<unknown> {
-  const response = await fetch(url);
-  if (response.status !== 200) throw new Error(`${url} was answered with ${response.status}`);
-  return response.json();
-}
-
-/** The median time of each, in milliseconds; in turns, so that both see the same machine. */
-async function medianMs(urls: [string, string]): Promise<[number, number]> {
-  const all: [number[], number[]] = [[], []];
-  const end = performance.now() + SAMPLES_MS;
-  for (let sample = 0; sample < SAMPLES && (sample === 0 || performance.now() < end); sample++) {
-    for (const [index, url] of urls.entries()) {
-      const startedAt = performance.now();
-      await getJson(url);
-      all[index]?.push(performance.now() - startedAt);
-    }
-  }
-  return all.map((times) => times.toSorted((a, b) => a - b)[times.length >> 1]) as [number, number];
-}
-
-/** Rows of one INSERT … SELECT: what MySQL does within a second or two. */
-const FILL_ROWS = 10_000;
-
-/**
- * Reservations of every status, of a month and a half before and after now, half of them of a campaign; the ledger and
- * the balances of what is DONE.
- */
-async function fillForLists({ query }: TestDatabase, rows: number): Promise<void> {
-  const now = new Date();
-  for (let from = 0; from < rows; from += FILL_ROWS) {
-    const range = [idOf(from), idOf(Math.min(rows, from + FILL_ROWS))];
-    // CRC32 mixes: neighbours by id are neither by time nor by status.
-    await query(
-      `insert into point_reservations
-         (id, user_id, point_amount, execute_at, status, idempotency_key, scan_at, campaign)
-       with recursive digits (digit) as (select 0 union all select digit + 1 from digits where digit < 9),
-       numbers (n) as (
-         select ? + 1000 * a.digit + 100 * b.digit + 10 * c.digit + d.digit from digits a, digits b, digits c, digits d
-       ),
-       mixed as (
-         select n, crc32(concat('time', n)) ms, elt(1 + mod(crc32(n), 50), ${STATUSES}) status from numbers where n < ?
-       ),
-       timed as (
-         select n, status, cast(? as datetime(3)) + interval 1000 * case status
-           when 'PENDING' then 3600000 + ms when 'PROCESSING' then -mod(ms, 60000) else -ms end microsecond execute_at
-         from mixed
-       ),
-       named as (select timed.*, concat('${ID_PREFIX}', lpad(lower(hex(n)), 12, '0')) id from timed)
-       select id, if(mod(n, 10) < 3, '${HEAVY}', concat('User', mod(n, 99999))), 1 + mod(n, 100), execute_at, status,
-         id, if(status in ('PENDING', 'PROCESSING'), execute_at, null), if(mod(crc32(id), 2) = 0, 'summer', null)
-       from named`,
-      [from, rows, now],
+  },
+  async flat() {
+    const { perS: limit } = await usualGrant();
+    const beside = (perS: number) => ({ what: `grant ${perSecond(limit)}`, ratio: perS / limit });
+    const [finished, future] = quick ? [20_000, 10_000] : [2_000_000, 1_000_000];
+    const flat = await grant("flat", { users: USERS, finished, future });
+    show(`flat: ${finished.toLocaleString("en")} finished`, perSecond(flat.perS), beside(flat.perS));
+    const hot = await grant("hot user", { users: USERS, hot: true });
+    show("one user in every tenth grant", perSecond(hot.perS), beside(hot.perS));
+    json.flat = { per_s: flat.perS, hot_user_per_s: hot.perS };
+  },
+  async lateness() {
+    const steady = await benchSteady({ seconds: quick ? 5 : 30, spreadMs: quick ? 5_000 : 30_000, settings });
+    show("lateness, 500/s", `${latency(steady)}, max ${ms(steady.maxMs)}`);
+    showUsages("lateness, 500/s", steady.usages);
+    const burst = await benchBurst({ count: quick ? 10_000 : 100_000, settings });
+    show(
+      "lateness, burst in one second",
+      `${perSecond(burst.perS)}, ${latency(burst)}, max ${ms(burst.maxMs)}`,
     );
-    await query(
-      `insert into point_transactions (id, idempotency_key, user_id, point_amount, created_at)
-       select concat('f', substring(id, 2)), idempotency_key, user_id, point_amount, execute_at + interval 30000 microsecond
-       from point_reservations where id >= ? and id < ? and status = 'DONE'`,
-      range,
-    );
-  }
-  await query(
-    `insert into point_root (user_id, point_num)
-     select user_id, sum(point_amount) from point_transactions group by user_id`,
+    show("lateness after each tenth of the burst", burst.growthMs.map(ms).join(", "));
+    showUsages("lateness, burst", burst.usages);
+    json.deadlocks += steady.deadlocks + burst.deadlocks;
+    json.lateness = {
+      ...{ p50_ms: steady.p50Ms, p99_ms: steady.p99Ms, max_ms: steady.maxMs, burst_per_s: burst.perS },
+    };
+  },
+  async scale() {
+    for (const workers of quick ? [1, 2] : [1, 2, 4]) {
+      const { perS } = await grant(`scale, ${workers}`, { users: USERS, workers });
+      json.scale[workers] = perS;
+      show(`grant, ${workers} workers`, perSecond(perS), {
+        what: "1 worker",
+        ratio: perS / Number(json.scale[1]),
+      });
+    }
+  },
+  async memory() {
+    const { perS } = await grant("1,000,000 due", { users: USERS, count: 1_000_000 } as never);
+    show("grant, 1,000,000 due at once", perSecond(perS));
+  },
+  async lists() {
+    console.table(await benchLists({ rows: listRows }));
+  },
+};
+
+for (const part of parts) {
+  progress(part);
+  await RUN[part]();
+}
+console.table(rows);
+console.table(usageRows);
+console.log(`Deadlocks: ${json.deadlocks}`);
+if (values.json) {
+  const rounded = JSON.stringify(json, (_, value) =>
+    typeof value === "number" ? Math.round(value * 10) / 10 : value,
   );
-  for (const table of ["point_reservations", "point_transactions", "point_root"]) {
-    await query(`analyze table ${table}`);
-  }
+  await Bun.write(values.json, `${rounded}\n`);
 }
-
-/** Of 50. PROCESSING are 20,000 of a million: no more are claimed while workers stand still. */
-const STATUSES = Object.entries({ DONE: 22, PENDING: 20, PROCESSING: 1, FAILED: 4, CANCELLED: 3 })
-  .flatMap(([status, share]) => Array.from({ length: share }, () => `'${status}'`))
-  .join(", ");
-const ID_PREFIX = "01a20990-0000-7000-8000-";
-
-function idOf(number: number): string {
-  return `${ID_PREFIX}${number.toString(16).padStart(12, "0")}`;
-}
-
-for (const part of parts) await PARTS[part]();
 process.exit(0);

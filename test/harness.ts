@@ -117,12 +117,13 @@ export async function until<T>(
   }
 }
 
-/** Deletes a queue and its dead-letter queue. */
+/** Deletes a queue, its dead-letter queue and its exchange of hints. */
 export async function deleteQueue(name: string, url: string = AMQP_URL): Promise<void> {
   const connection = await connect(url);
   const channel = await connection.createChannel();
   await channel.deleteQueue(name);
   await channel.deleteQueue(`${name}.dead`);
+  await channel.deleteExchange(`${name}.hints`);
   await connection.close();
 }
 

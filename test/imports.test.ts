@@ -14,7 +14,7 @@ const ROOMS: Record<string, string[]> = {
   point: ["input"],
   reservation: ["errors", "input", "point"],
   bulk: ["errors", "input", "reservation"],
-  message: ["errors", "reservation"],
+  message: ["errors", "input", "reservation"],
   schema: ["reservation", "point"],
   database: ["errors", "loop", "schema"],
   reservation_repository: ["database", "schema", "reservation"],

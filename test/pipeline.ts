@@ -25,6 +25,8 @@ type Entry = Parameters<typeof startService>[0];
 export interface Pipeline extends AsyncDisposable {
   test: TestDatabase;
   queueName: string;
+  /** The processes that were started, in their order. */
+  services: readonly { entry: Entry; service: RunningService }[];
   /** Starts a process of an entry file; it is killed with the pipeline. */
   start(
     entry: Entry,
@@ -45,7 +47,7 @@ export async function openPipeline({
 } = {}): Promise<Pipeline> {
   const test = await createTestDatabase({ server: databaseUrl });
   const queueName = uniqueName("pipeline_test");
-  const services: RunningService[] = [];
+  const services: { entry: Entry; service: RunningService }[] = [];
   const queues: Queue[] = [];
   async function openChannel() {
     const connection = await connect(amqpUrl);
@@ -55,10 +57,11 @@ export async function openPipeline({
   return {
     test,
     queueName,
+    services,
     async start(entry, env = {}, options) {
       const all = { DATABASE_URL: test.url, AMQP_URL: amqpUrl, QUEUE: queueName, ...env };
       const service = await startService(entry, all, options);
-      services.push(service);
+      services.push({ entry, service });
       return service;
     },
     async openQueue() {
@@ -73,7 +76,7 @@ export async function openPipeline({
       return (await operator.channel.checkQueue(`${queueName}.dead`)).messageCount;
     },
     async [Symbol.asyncDispose]() {
-      await Promise.all(services.map((service) => service.kill("SIGKILL")));
+      await Promise.all(services.map(({ service }) => service.kill("SIGKILL")));
       await Promise.all(queues.map((queue) => queue.close()));
       await deleteQueue(queueName, amqpUrl);
       await test.drop();

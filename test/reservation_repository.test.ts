@@ -10,10 +10,10 @@ import {
   cancelReservation,
   claimDue,
   createReservations,
+  findNextScan,
   lockReservations,
   markDone,
   markFailed,
-  msUntilNextScan,
   patchReservation,
   retryReservation,
   scheduleRetry,
@@ -442,10 +442,10 @@ function explain({ sql, params }: Statement) {
   );
 }
 
-describe("msUntilNextScan()", () => {
+describe("findNextScan()", () => {
   test("gives undefined where nothing waits", async () => {
     await insertReservation(db, { status: "DONE" });
-    expect(await msUntilNextScan(db.database)).toBeUndefined();
+    expect((await findNextScan(db.database)).inMs).toBeUndefined();
   });
 
   test.each([[1_500], [1], [0], [-1], [-2_500]])("gives %d ms to the row that is next", async (offsetMs) => {
@@ -453,7 +453,7 @@ describe("msUntilNextScan()", () => {
     await insertDueAt(offsetMs + 1);
     await insertDueAt(-10_000, { status: "PROCESSING", scanAt: midday(86_400_000) });
     await freezeAt(MIDDAY);
-    expect(await msUntilNextScan(frozen)).toBe(offsetMs);
+    expect(await findNextScan(frozen)).toEqual({ inMs: offsetMs, nowMs: Date.parse(MIDDAY) });
   });
 });
 
@@ -646,7 +646,7 @@ describe("cancelReservation()", () => {
     await cancelReservation(db.database, id);
     const granted = db.database.transaction((connection) => markDone(connection, [id]));
     await expect(granted).rejects.toThrow("Cannot mark 1 reservations as DONE: 0 were PROCESSING");
-    expect(await msUntilNextScan(db.database)).toBeUndefined();
+    expect((await findNextScan(db.database)).inMs).toBeUndefined();
     expect(await claimDue(db.database, LEASE)).toEqual([]);
   });
 });

@@ -46,15 +46,16 @@ afterEach(async () => {
   await deleteQueue(queueName);
 }, 20_000);
 
-function scan(
+async function scan(
   config: Partial<ScanOptions["config"]> = {},
   others: Partial<Omit<ScanOptions, "config">> = {},
 ): Promise<number> {
-  return scanAndPublish({
+  const { sleepMs } = await scanAndPublish({
     ...{ database: db.database, queue, logger: silent },
     ...others,
     config: { ...CONFIG, ...config },
   });
+  return sleepMs;
 }
 
 /** Takes all messages that wait in the queue, each parsed. */

@@ -1,0 +1,23 @@
+/** The api without a database: the limit that reserving is measured against. Prints its URL. */
+
+import { createApp } from "../api.ts";
+import type { Connection, Database } from "../lib/database.ts";
+import { listen } from "../lib/service.ts";
+import { silent } from "./harness.ts";
+
+const connection = {
+  execute: async (_sql: string, [rows]: [unknown[]]) => ({ affectedRows: rows.length }),
+} as unknown as Connection;
+const database: Database = {
+  run: (work) => work(connection),
+  transaction: (work) => work(connection),
+  close: async () => {},
+};
+const app = createApp({ database, logger: silent, reserveBatch: 500 });
+const { url } = listen({
+  hostname: "127.0.0.1",
+  port: 0,
+  logger: silent,
+  fetch: (request) => app.fetch(request),
+});
+console.log(url.href);
