@@ -5,13 +5,14 @@ import type { Database } from "../lib/database.ts";
 
 export type Send = (path: string, init?: RequestInit) => Promise<Response>;
 
-/** The app in this process, and what it logs. */
+/** The app in this process, what it logs, and of which times it tells the schedulers. */
 export function appOn(database: Database) {
   const log: Record<string, unknown>[] = [];
   const logger = pino({}, { write: (line: string) => log.push(JSON.parse(line)) });
-  const elysia = createApp({ database, logger, reserveBatch: 500 });
+  const hints: Date[] = [];
+  const elysia = createApp({ database, logger, reserveBatch: 500, hint: (time) => hints.push(time) });
   const send: Send = async (path, init) => elysia.handle(new Request(`http://localhost${path}`, init));
-  return { send, log };
+  return { send, log, hints };
 }
 
 /** A valid reservation as a client writes it, with other fields where told. */

@@ -101,6 +101,26 @@ describe("coalesce()", () => {
     expect(itemsOf(calls)).toEqual([[2, 3], [1], [9], [4, 1]]);
   });
 
+  test("has maxCalls calls under way and no more; what waits goes with the first that is free", async () => {
+    const { add, calls } = openCoalescer({ maxCalls: 2 });
+    const first = add(1);
+    await turn();
+    const second = add(2);
+    await turn();
+    const others = Promise.all([3, 4].map(add));
+    await turn();
+    expect(itemsOf(calls)).toEqual([[1], [2]]);
+    calls[1]?.succeed();
+    expect(await second).toBe(20);
+    await turn();
+    expect(itemsOf(calls)).toEqual([[1], [2], [3, 4]]);
+    calls[0]?.succeed();
+    calls[2]?.succeed();
+    expect(await Promise.all([first, others])).toEqual([10, [30, 40]]);
+    await turn();
+    expect(calls).toHaveLength(3);
+  });
+
   test("rejects only the items of the call that failed", async () => {
     const { add, calls } = openCoalescer({ maxBatch: 2 });
     const results = Promise.allSettled([1, 2, 3, 4].map(add));

@@ -1,5 +1,5 @@
 import { describe, expect, test } from "bun:test";
-import { backoffMs, retry, runLoop, sleep, withDeadline } from "../lib/loop.ts";
+import { backoffMs, openAlarm, retry, runLoop, sleep, withDeadline } from "../lib/loop.ts";
 
 /** Far longer than any test may take: only an abort ends such a sleep in time. */
 const AGES_MS = 60_000;
@@ -242,5 +242,53 @@ describe("runLoop()", () => {
     // After the third failure in a row at least half of 32 ms, after the first one again at most 8 ms.
     expect(waits[2]).toBeGreaterThanOrEqual(16);
     expect(waits[3]).toBeLessThanOrEqual(8);
+  });
+});
+
+describe("openAlarm()", () => {
+  const { signal } = new AbortController();
+
+  async function timeOf(sleeping: Promise<void>): Promise<number> {
+    const startedAt = performance.now();
+    await sleeping;
+    return performance.now() - startedAt;
+  }
+
+  test("sleeps as long as told where nobody wakes it", async () => {
+    expect(await timeOf(openAlarm().sleep(40, signal))).toBeGreaterThanOrEqual(39);
+  });
+
+  test("wakes who sleeps at the time that is told, the soonest of several", async () => {
+    const alarm = openAlarm();
+    const sleeping = timeOf(alarm.sleep(AGES_MS, signal));
+    alarm.wakeIn(AGES_MS / 2);
+    alarm.wakeIn(40);
+    alarm.wakeIn(AGES_MS / 3);
+    expect(await sleeping).toBeGreaterThanOrEqual(39);
+  });
+
+  test("wakes also who only comes to sleep then, but not who slept less", async () => {
+    const alarm = openAlarm();
+    alarm.wakeIn(20);
+    expect(await timeOf(alarm.sleep(AGES_MS, signal))).toBeGreaterThanOrEqual(19);
+    await timeOf(alarm.sleep(AGES_MS, signal));
+    alarm.clear();
+    alarm.wakeIn(AGES_MS);
+    await alarm.sleep(5, signal);
+  });
+
+  test("forgets what was said before clear()", async () => {
+    const alarm = openAlarm();
+    alarm.wakeIn(0);
+    alarm.clear();
+    expect(await timeOf(alarm.sleep(40, signal))).toBeGreaterThanOrEqual(39);
+  });
+
+  test("ends its sleep when the signal is aborted, also one that was before", async () => {
+    const stop = new AbortController();
+    const sleeping = openAlarm().sleep(AGES_MS, stop.signal);
+    stop.abort();
+    await sleeping;
+    await openAlarm().sleep(AGES_MS, stop.signal);
   });
 });

@@ -1,6 +1,12 @@
 import { describe, expect, test } from "bun:test";
 import { DomainError } from "../lib/errors.ts";
-import { decodeMessage, encodeMessage, MAX_MESSAGE_RESERVATIONS } from "../lib/message.ts";
+import {
+  decodeHint,
+  decodeMessage,
+  encodeHint,
+  encodeMessage,
+  MAX_MESSAGE_RESERVATIONS,
+} from "../lib/message.ts";
 import { newReservation, type Reservation } from "../lib/reservation.ts";
 
 const PLAIN = {
@@ -148,5 +154,25 @@ describe("decodeMessage() refuses", () => {
     expect(refusalOf(Buffer.from(secret))).not.toContain(secret);
     expect(refusalOf(bytes({ ...PLAIN, user_id: [secret] }))).not.toContain(secret);
     expect(refusalOf(bytes({ ...PLAIN, reservation_id: secret }))).not.toContain(secret);
+  });
+});
+
+describe("decodeHint()", () => {
+  test("reads what encodeHint() writes, to the millisecond", () => {
+    const time = new Date("2029-02-22T13:59:00.123Z");
+    expect(decodeHint(encodeHint(time))).toEqual(time);
+  });
+
+  test.each([
+    [""],
+    ["null"],
+    ["[]"],
+    ["{}"],
+    ["{"],
+    ['{"execute_at":1}'],
+    ['{"execute_at":"2029-02-30T00:00:00Z"}'],
+    [`{"execute_at":"2029-02-22T13:59:00Z"}${" ".repeat(100)}`],
+  ])("takes %j for none", (text) => {
+    expect(decodeHint(Buffer.from(text))).toBeUndefined();
   });
 });

@@ -330,3 +330,38 @@ test("close() settles on a connection that is dead, and nothing connects afterwa
   expect(events.connected).toBe(1);
   expect(proxy.connections()).toBe(0);
 }, 20_000);
+
+test("hint() reaches every listener of the queue's name, and is no message of the queue", async () => {
+  const received: string[][] = [[], []];
+  const [first, second] = received.map((texts) => (content: Buffer) => texts.push(content.toString()));
+  const { queue, name } = await openReady({ onHint: first as never });
+  const others = [await openReady({ name, onHint: second as never }), await openReady()];
+  queue.hint(Buffer.from("one"));
+  others[0]?.queue.hint(Buffer.from("two"));
+  others[1]?.queue.hint(Buffer.from("of another queue"));
+  await until("all hints are there", () => received.every((texts) => texts.length === 2));
+  expect(received.map((texts) => texts.toSorted())).toEqual([
+    ["one", "two"],
+    ["one", "two"],
+  ]);
+  expect(await queue.depth()).toBe(0);
+}, 20_000);
+
+test("hint() is lost without a word where RabbitMQ is away, and heard again when it is back", async () => {
+  const proxy = await openProxy();
+  const received: string[] = [];
+  const { queue } = await openReady({
+    url: proxy.url,
+    onHint: (content) => received.push(content.toString()),
+  });
+  await proxy.refuse();
+  await until("it is gone", () => !queue.isReady());
+  queue.hint(Buffer.from("lost"));
+  await proxy.serve();
+  await until("it is back", () => queue.isReady());
+  await until("a hint arrives", () => {
+    queue.hint(Buffer.from("heard"));
+    return received.length > 0;
+  });
+  expect(received).not.toContain("lost");
+}, 30_000);

@@ -38,6 +38,8 @@ grant all privileges on *.* to 'pointservice'@'%';
     command.push("--socket=mysql.sock", "--pid-file=mysqld.pid");
     command.push("--bind-address=127.0.0.1", `--port=${port}`, "--skip-name-resolve");
     command.push("--innodb-flush-log-at-trx-commit=1", "--skip-log-bin", `--secure-file-priv=${files}`);
+    // The default of 128 MB would measure the disk as soon as there are a million reservations; it is taken as it is needed.
+    command.push("--innodb-buffer-pool-size=1G");
     if (!mariadb) command.push("--mysqlx=OFF");
     return { command };
   }
