@@ -34,7 +34,7 @@ describe("readConfig() gives", () => {
       SCAN_INTERVAL_MS: 10_000,
       SCAN_BATCH: 2_000,
       LEASE_MS: 60_000,
-      PUBLISH_CHUNK: 500,
+      PUBLISH_CHUNK: 1_000,
       PUBLISH_TIMEOUT_MS: 5_000,
       QUEUED_RESERVATIONS: 20_000,
       WORKER_BATCH: 1_000,

@@ -38,8 +38,11 @@ grant all privileges on *.* to 'pointservice'@'%';
     command.push("--socket=mysql.sock", "--pid-file=mysqld.pid");
     command.push("--bind-address=127.0.0.1", `--port=${port}`, "--skip-name-resolve");
     command.push("--innodb-flush-log-at-trx-commit=1", "--skip-log-bin", `--secure-file-priv=${files}`);
-    // The default of 128 MB would measure the disk as soon as there are a million reservations; it is taken as it is needed.
-    command.push("--innodb-buffer-pool-size=1G");
+    // With the defaults, 128 MB and 96 MB, a million reservations would measure the disk: the memory is taken as it is
+    // needed, and with a small log each page is written out again and again (0.65 × the grants per second, with 2,000,000
+    // finished reservations on MariaDB 10.11).
+    command.push("--innodb-buffer-pool-size=1G", "--innodb-io-capacity=2000");
+    command.push(mariadb ? "--innodb-log-file-size=512M" : "--innodb-redo-log-capacity=512M");
     if (!mariadb) command.push("--mysqlx=OFF");
     return { command };
   }
