@@ -186,7 +186,7 @@ async function untilWaiting(statement: string) {
 }
 
 const UPDATE = "update `point_reservations`";
-const SELECT = "select `id`, `user_id`, `point_amount`";
+const SELECT = "select id, user_id userId, point_amount pointAmount";
 
 describe("DELETE /point/reservations/:id", () => {
   test.each(["PENDING", "PROCESSING"] as const)(
