@@ -1,5 +1,6 @@
-import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { AMQP_URL, DATABASE_URL } from "./harness.ts";
+import { listenerOf } from "./listener.ts";
 import type { Pipeline } from "./pipeline.ts";
 
 /** What a process used: the most memory that it held, and the time of all its cores. */
@@ -23,40 +24,6 @@ function usageOf(pid: number): Usage | undefined {
     return { rssMb: Number(peak) / 1_024, cpuS: (Number(fields[11]) + Number(fields[12])) / TICKS };
   } catch {
     return undefined;
-  }
-}
-
-/** The process that listens on a port of this machine, if it can be seen. */
-function listenerOf(url: string): number | undefined {
-  const { hostname, port } = new URL(url);
-  if (hostname !== "127.0.0.1" && hostname !== "localhost") return undefined;
-  const hex = Number(port).toString(16).toUpperCase().padStart(4, "0");
-  try {
-    const sockets = ["/proc/net/tcp", "/proc/net/tcp6"]
-      .flatMap((file) => readFileSync(file, "utf8").split("\n"))
-      .map((line) => line.trim().split(/\s+/))
-      .filter(([, local, , state]) => local?.endsWith(`:${hex}`) && state === "0A")
-      .map((fields) => `socket:[${fields[9]}]`);
-    return readdirSync("/proc")
-      .filter((name) => /^\d+$/.test(name))
-      .map(Number)
-      .find((pid) => holdsOneOf(pid, sockets));
-  } catch {
-    return undefined;
-  }
-}
-
-function holdsOneOf(pid: number, sockets: readonly string[]): boolean {
-  try {
-    return readdirSync(`/proc/${pid}/fd`).some((fd) => {
-      try {
-        return sockets.includes(readlinkSync(`/proc/${pid}/fd/${fd}`));
-      } catch {
-        return false;
-      }
-    });
-  } catch {
-    return false;
   }
 }
 

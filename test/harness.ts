@@ -142,9 +142,9 @@ export interface RunningService {
 export async function startService(
   entry: "api" | "scheduler" | "worker",
   env: Record<string, string>,
-  { waitForPort = true } = {},
+  { waitForPort = true, bunArgs = [] as string[] } = {},
 ): Promise<RunningService> {
-  const child = Bun.spawn([process.execPath, `${entry}.ts`], {
+  const child = Bun.spawn([process.execPath, ...bunArgs, `${entry}.ts`], {
     cwd: ROOT,
     env: {
       PATH: Bun.env.PATH,
@@ -165,7 +165,7 @@ export async function startService(
     const decoder = new TextDecoder();
     for await (const bytes of stream) text += decoder.decode(bytes, { stream: true });
   }
-  const log = () =>
+  const log = (): Record<string, unknown>[] =>
     text
       .split("\n")
       .slice(0, -1)

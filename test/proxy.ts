@@ -12,6 +12,13 @@ export interface Trap {
   spring: () => void;
 }
 
+/** How bytes pass on a bad line: each piece so much later than the one before it. */
+export interface Pace {
+  delayMs: number;
+  /** The most bytes of one piece. */
+  pieceBytes: number;
+}
+
 /** Stands between a client and a real server, and breaks what a network breaks. */
 export interface TcpProxy {
   /** The server's URL, but through the proxy. */
@@ -22,14 +29,18 @@ export interface TcpProxy {
   cut(): void;
   /** Like a server that is down: ends every connection, and takes no new ones. */
   refuse(): Promise<void>;
+  /** Ends every connection with a reset, as a peer that has rebooted does; new ones come through. */
+  reset(): void;
   /** Like a dead peer: takes connections and bytes, and passes nothing on. */
   hold(): void;
+  /** Like a bad line: passes everything on, in both directions, but late and in small pieces. */
+  slow(pace?: Pace): void;
   /** All is well again, on new connections. */
   serve(): Promise<void>;
   /** Sends bytes to every client as if the server had. */
   inject(bytes: Uint8Array): void;
-  /** Sets a trap for the next command that matches. */
-  trap(trap: Trap): void;
+  /** Sets a trap for the next command that matches, instead of the one before; none without `trap`. */
+  trap(trap?: Trap): void;
   close(): Promise<void>;
 }
 
@@ -38,13 +49,14 @@ interface Command {
   text: string;
 }
 
-/** Starts a proxy to the server of a MySQL or AMQP URL, on a free port. */
+/** Starts a proxy to the server of a MySQL, AMQP or HTTP URL, on a free port. */
 export async function startProxy(target: string, { serving = true } = {}): Promise<TcpProxy> {
   const { hostname, port: targetPort, protocol } = new URL(target);
-  const isAmqp = protocol.startsWith("amqp");
+  const readCommand = { "amqp:": amqpCommand, "mysql:": mysqlCommand }[protocol] ?? anyBytes;
   const [port = 0] = await freePorts(1);
   const pairs = new Set<{ client: Socket; server: Socket }>();
   let held = false;
+  let pace: Pace | undefined;
   let trap: Trap | undefined;
 
   const listener = createServer((client) => {
@@ -53,7 +65,9 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
     pairs.add(pair);
     let caught = false;
     let awaited: Trap | undefined;
-    const split = splitCommands(isAmqp ? amqpCommand : mysqlCommand);
+    const split = splitCommands(readCommand);
+    const toServer = lineTo(server, () => pace);
+    const toClient = lineTo(client, () => pace);
 
     function spring(sprung: Trap) {
       caught = true;
@@ -67,12 +81,12 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
         if (matching?.moment === "unsent") return spring(matching);
         if (matching?.moment === "answered") awaited = matching;
         if (matching?.moment === "sent") return server.write(bytes, () => spring(matching));
-        server.write(bytes);
+        toServer(bytes);
       }
     });
-    server.on("data", (chunk) => {
+    server.on("data", (chunk: Buffer) => {
       if (awaited && !caught) spring(awaited);
-      if (!held && !caught) client.write(chunk);
+      if (!held && !caught) toClient(chunk);
     });
     // end() and not destroy(): what was passed on before one side went arrives at the other.
     client.on("close", () => {
@@ -90,13 +104,14 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
   proxied.hostname = "127.0.0.1";
   proxied.port = String(port);
 
-  function cut() {
+  function end(how: "destroy" | "resetAndDestroy") {
     for (const { client, server } of pairs) {
-      client.destroy();
-      server.destroy();
+      client[how]();
+      server[how]();
     }
     pairs.clear();
   }
+  const cut = () => end("destroy");
   function listen(): Promise<void> {
     if (listener.listening) return Promise.resolve();
     const { promise, resolve, reject } = Promise.withResolvers<void>();
@@ -116,11 +131,16 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
     connections: () => pairs.size,
     cut,
     refuse,
+    reset: () => end("resetAndDestroy"),
     hold() {
       held = true;
     },
+    slow(next) {
+      pace = next;
+    },
     async serve() {
       held = false;
+      pace = undefined;
       cut();
       await listen();
     },
@@ -131,6 +151,27 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
       trap = next;
     },
     close: refuse,
+  };
+}
+
+/** Writes at once, or at the pace of that moment; in order in any case. */
+function lineTo(socket: Socket, paceNow: () => Pace | undefined): (bytes: Buffer) => void {
+  const waiting: Buffer[] = [];
+  let isBusy = false;
+  async function writeLate() {
+    isBusy = true;
+    for (let bytes = waiting.shift(); bytes; bytes = waiting.shift()) {
+      const { delayMs = 0, pieceBytes = bytes.length } = paceNow() ?? {};
+      if (delayMs > 0) await Bun.sleep(delayMs);
+      socket.write(bytes.subarray(0, pieceBytes));
+      if (bytes.length > pieceBytes) waiting.unshift(bytes.subarray(pieceBytes));
+    }
+    isBusy = false;
+  }
+  return (bytes) => {
+    if (!isBusy && !paceNow()) return void socket.write(bytes);
+    waiting.push(bytes);
+    if (!isBusy) writeLate();
   };
 }
 
@@ -149,6 +190,11 @@ function splitCommands(read: ReadCommand): (chunk: Buffer) => Command[] {
       rest = rest.subarray(command.length);
     }
   };
+}
+
+/** No protocol that anybody sets traps for. */
+function anyBytes(bytes: Buffer) {
+  return bytes.length === 0 ? undefined : { length: bytes.length, text: () => "" };
 }
 
 const COM_QUERY = 3;
