@@ -57,10 +57,12 @@ const UNAVAILABLE = new Set([
   ...[1040, 1203, 1226, 1129, 1130], // too many connections, host blocked or unknown
   ...NOT_LET_IN,
   ...[1142, 1143, 1146, 1227], // a privilege or a table is gone
-  ...[1047, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 3168, 3169, 4031], // cluster not ready, shutdown, connection lost
-  ...[1180, 1317, 1927, 1969, 3024], // commit failed, interrupted, killed, statement too long
+  ...[1047, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 3168, 3169], // cluster not ready, shutdown, connection lost
+  ...[1180, 1317, 1969, 3024], // commit failed, interrupted, statement too long
   ...[1290, 1792, 1836, 3100], // read-only, or a group replication that refuses
 ]);
+/** The session was killed, or was idle for too long. */
+const SESSION_ENDED = new Set([1927, 4031]);
 const OUT_OF_RANGE = new Set([1264, 1690]);
 const CONNECTION_LOST = /^(PROTOCOL_CONNECTION_LOST|ECONNRESET|EPIPE|ERR_STREAM_.*)$/;
 
@@ -88,7 +90,7 @@ export function databaseErrorOf(thrown: unknown): unknown {
 }
 
 function kindOf(code: string, errno: number): DatabaseErrorKind {
-  if (CONNECTION_LOST.test(code)) return "lost";
+  if (CONNECTION_LOST.test(code) || SESSION_ENDED.has(errno)) return "lost";
   if (DEADLOCK.has(errno)) return "deadlock";
   if (errno === LOCK_WAIT_TIMEOUT) return "lock_timeout";
   if (errno === 1062) return "duplicate";
@@ -152,6 +154,9 @@ export function openDatabase(
     // A peer that is gone without a word is noticed before somebody waits for it.
     enableKeepAlive: true,
     keepAliveInitialDelay: 10_000,
+    // Before the server ends them.
+    maxIdle: 1,
+    idleTimeout: 10_000,
     timezone: "Z",
     supportBigNumbers: true,
     // affectedRows counts the rows that changed, not those that matched: markDone() relies on it.
@@ -229,7 +234,9 @@ export function openDatabase(
 
 // The server's defaults are somebody else's choice: what the statements rely on is set on every connection.
 const SESSION = [
-  `set time_zone = '+00:00', autocommit = 1, innodb_lock_wait_timeout = 5,
+  // wait_timeout: a process that hangs, or whose machine is gone, in the middle of a transaction keeps its locks for that long
+  // and not for the server's 8 hours; what it had claimed comes again no sooner.
+  `set time_zone = '+00:00', autocommit = 1, innodb_lock_wait_timeout = 5, wait_timeout = 15,
     sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'
     /*M! , in_predicate_conversion_threshold = 0 */`,
   "set session transaction isolation level read committed",

@@ -77,14 +77,9 @@ export async function readJson(request: Request, { maxBytes }: { maxBytes: numbe
       `The body must be application/json in UTF-8, not compressed: received content-type ${showValue(type)}, content-encoding ${showValue(encoding)}`,
     );
   }
-  const tooLarge = new HttpError(
-    413,
-    "body is too large",
-    `The body must not be larger than ${maxBytes} bytes`,
-  );
-  if (Number(request.headers.get("content-length")) > maxBytes) throw tooLarge;
+  if (Number(request.headers.get("content-length")) > maxBytes) throw tooLarge(maxBytes);
   const tooSlow = () => new HttpError(408, "body is too slow", `The body must arrive within ${BODY_MS} ms`);
-  const body = await withDeadline(readBytes(request, tooLarge, maxBytes), BODY_MS, tooSlow);
+  const body = await withDeadline(readBytes(request, maxBytes), BODY_MS, tooSlow);
   try {
     return JSON.parse(UTF_8.decode(body));
   } catch {
@@ -97,7 +92,11 @@ export async function readJson(request: Request, { maxBytes }: { maxBytes: numbe
   }
 }
 
-async function readBytes(request: Request, tooLarge: HttpError, maxBytes: number): Promise<Uint8Array> {
+function tooLarge(maxBytes: number): HttpError {
+  return new HttpError(413, "body is too large", `The body must not be larger than ${maxBytes} bytes`);
+}
+
+async function readBytes(request: Request, maxBytes: number): Promise<Uint8Array> {
   const chunks: Uint8Array[] = [];
   let bytes = 0;
   try {
@@ -105,11 +104,11 @@ async function readBytes(request: Request, tooLarge: HttpError, maxBytes: number
     if (request.headers.has("content-length")) return await request.bytes();
     for await (const chunk of request.body ?? []) {
       bytes += chunk.byteLength;
-      if (bytes > maxBytes) throw tooLarge;
+      if (bytes > maxBytes) throw tooLarge(maxBytes);
       chunks.push(chunk);
     }
   } catch (error) {
-    if (error === tooLarge) throw error;
+    if (error instanceof HttpError) throw error;
     throw new HttpError(400, "body is incomplete", `The body broke off after ${bytes} bytes`);
   }
   return Buffer.concat(chunks);

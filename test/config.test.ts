@@ -33,7 +33,7 @@ describe("readConfig() gives", () => {
       RESERVE_BATCH: 500,
       SCAN_INTERVAL_MS: 10_000,
       SCAN_BATCH: 2_000,
-      LEASE_MS: 60_000,
+      LEASE_MS: 15_000,
       PUBLISH_CHUNK: 1_000,
       PUBLISH_TIMEOUT_MS: 5_000,
       QUEUED_RESERVATIONS: 20_000,

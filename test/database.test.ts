@@ -163,6 +163,30 @@ describe("Database.transaction()", () => {
     expect(await balances()).toEqual([{ user_id: "b", point_num: 1 }]);
   });
 
+  test("of a process that hangs is ended by MySQL, which lets others at its rows, and starts again", async () => {
+    await db.query("insert into point_root (user_id, point_num) values ('a', 0)");
+    const hangs = { ms: 0 };
+    let attempts = 0;
+    const add = "update point_root set point_num = point_num + 1 where user_id = 'a'";
+    await db.database.transaction(async ({ execute, select }) => {
+      const [session] = await select<{ s: number }>("select @@session.wait_timeout s");
+      expect(session).toEqual({ s: 15 });
+      await execute("set wait_timeout = 1");
+      await execute(add);
+      if (++attempts === 1) {
+        const startedAt = performance.now();
+        // Waits for the row that the first attempt has changed.
+        await db.query(add);
+        hangs.ms = performance.now() - startedAt;
+      }
+      await execute(add);
+      await execute("set wait_timeout = 15");
+    });
+    expect(hangs.ms).toBeGreaterThan(500);
+    expect(attempts).toBe(2);
+    expect(await balances()).toEqual([{ user_id: "a", point_num: 3 }]);
+  });
+
   test("starts again from BEGIN after a deadlock, and both who fought succeed", async () => {
     await db.query("insert into point_root (user_id, point_num) values ('a', 0), ('b', 0)");
     const bothHoldOne = barrier(2);

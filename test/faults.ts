@@ -199,6 +199,7 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
     await sendStale(world, client);
     const { tables, agree } = await readTables(world.test);
     violations.push(...findViolations(client, tables));
+    for (const node of world.nodes) node.findLies();
     violations.push(...world.misdeeds.map((what) => ({ what, names: [] })));
     if (!agree) violations.push({ what: "reservations, ledger and balances do not agree", names: [] });
 
@@ -250,7 +251,7 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
     }
     const sorts = Map.groupBy(violations, ({ what }) => what.replaceAll(/[0-9a-f-]{36}|\d+/g, "…"));
     for (const [sort, all] of sorts) console.log(`${all.length} × ${sort}`);
-    console.log(await tellStory(violations, { tables, struck, historyFile }));
+    console.log(await tellStory(violations, { tables, struck, historyFile, logs }));
     console.log(
       `VIOLATED: ${violations[0]?.what}\nAgain: bun run faults --seed ${seed} --seconds ${seconds}; calls and answers: ${historyFile}`,
     );

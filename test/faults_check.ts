@@ -12,12 +12,13 @@ export interface Violation {
 
 /**
  * Lets MySQL itself write down every change of a reservation's state and of the ledger, in the very transaction of the
- * change: what was committed, in which order, and when by the database's clock.
+ * change: what was committed, in which order, and when by the database's clock. Not numbered by an auto-increment: its lock
+ * would make those wait for each other who otherwise do not.
  */
 export async function installWitness({ query }: TestDatabase): Promise<void> {
   await query(
     `create table witness (
-      number bigint not null auto_increment primary key,
+      number bigint unsigned not null primary key,
       id char(36) character set ascii collate ascii_bin not null,
       was varchar(10) not null, became varchar(10) not null, attempts_added int not null,
       ms_until_due bigint not null, session bigint not null, at datetime(6) not null,
@@ -26,8 +27,8 @@ export async function installWitness({ query }: TestDatabase): Promise<void> {
   );
   await query(
     `create trigger witness_reservations after update on point_reservations for each row
-     insert into witness (id, was, became, attempts_added, ms_until_due, session, at)
-     select new.id, old.status, new.status, new.attempts - old.attempts,
+     insert into witness (number, id, was, became, attempts_added, ms_until_due, session, at)
+     select uuid_short(), new.id, old.status, new.status, new.attempts - old.attempts,
        timestampdiff(microsecond, now(3), new.execute_at) div 1000, connection_id(), now(6)
      from dual
      where not (old.status = new.status and old.scan_at <=> new.scan_at and old.attempts = new.attempts
@@ -39,8 +40,8 @@ export async function installWitness({ query }: TestDatabase): Promise<void> {
   ] as const) {
     await query(
       `create trigger ${name} after ${moment} on point_transactions for each row
-       insert into witness (id, was, became, attempts_added, ms_until_due, session, at)
-       values (${row}.id, 'LEDGER', '${moment}', 0, 0, connection_id(), now(6))`,
+       insert into witness (number, id, was, became, attempts_added, ms_until_due, session, at)
+       values (uuid_short(), ${row}.id, 'LEDGER', '${moment}', 0, 0, connection_id(), now(6))`,
     );
   }
 }

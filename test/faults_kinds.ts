@@ -258,28 +258,22 @@ export const KINDS: Record<string, Kind> = {
   "amqp-trickle": slowOf("amqp", { delayMs: [1, 3], pieceBytes: 200 }),
   "amqp-hang-at-publish": {
     ...{ entries: ["scheduler"], takes: "amqp", lasts: [6_000, 7_000], needsLease: true },
-    async strike({ node, world, random, lastsMs }) {
+    async strike({ node, random, lastsMs }) {
       const end = performance.now() + lastsMs;
       const moment = random.pick(["unsent", "sent"] as const);
-      const sprung = Promise.withResolvers<string>();
+      const sprung = Promise.withResolvers<true>();
       node.amqp.trap({
         command: /^basic.publish/,
         moment,
         spring() {
           node.amqp.hold();
-          sprung.resolve(new Date().toISOString());
+          sprung.resolve(true);
         },
       });
-      const since = await Promise.race([sprung.promise, Bun.sleep(lastsMs)]);
+      const isHeld = await Promise.race([sprung.promise, Bun.sleep(lastsMs)]);
       node.amqp.trap();
-      if (since === undefined) return;
+      if (!isHeld) return;
       await Bun.sleep(Math.max(0, end - performance.now()));
-      // Nothing came back from the broker since: who says that all was confirmed has not waited for it.
-      const lie = node
-        .service()
-        ?.log()
-        .find(({ msg, time }) => msg === "published" && String(time) > since);
-      if (lie) world.misdeeds.push(`${node.name} took for confirmed what was not: ${JSON.stringify(lie)}`);
       await node.amqp.serve();
     },
   },
@@ -325,7 +319,7 @@ export const KINDS: Record<string, Kind> = {
   "messages-delay": onQueue(true, async (channel, strike) => {
     strike.world.delayed.push(...(await takeMessages(channel, strike)));
   }),
-  "messages-forge": onQueue(false, async (channel, strike) => {
+  "messages-forge": onQueue(true, async (channel, strike) => {
     const { world, reservations, random } = strike;
     const far = reservations.filter(({ id, reserved }) => id && reserved.executeAt > Date.now() + HOUR_MS);
     const forged = [
@@ -336,6 +330,14 @@ export const KINDS: Record<string, Kind> = {
     ];
     for (const message of forged) {
       channel.sendToQueue(world.queueName, Buffer.from(JSON.stringify(message)), PERSISTENT);
+    }
+    // What a scheduler has sent, with other amounts and users.
+    for (const content of await takeMessages(channel, strike)) {
+      const altered = [JSON.parse(content.toString())].flat().map((message) => ({
+        ...(message as Record<string, unknown>),
+        ...{ user_id: "Thief", point_amount: 1_000_000 },
+      }));
+      channel.sendToQueue(world.queueName, Buffer.from(JSON.stringify(altered)), PERSISTENT);
     }
   }),
   "messages-garbage": onQueue(false, async (channel, { world, random }) => {

@@ -61,12 +61,20 @@ function brokenWithin(broken: readonly Times[], fromMs: number, toMs: number): n
 
 const MAX_LINES = 60;
 const MAX_CHARACTERS = 500;
+/** An error is logged with its stack. */
+const MAX_LOGGED = 2_000;
 
 /** All that is known of the first thing that is wrong: calls and answers, states, ledger, and the faults of that time. */
 export async function tellStory(
   violations: readonly Violation[],
-  { tables, struck, historyFile }: { tables: Tables; struck: readonly Struck[]; historyFile: string },
+  options: {
+    tables: Tables;
+    struck: readonly Struck[];
+    historyFile: string;
+    logs: readonly Record<string, unknown>[];
+  },
 ): Promise<string> {
+  const { tables, struck, historyFile, logs } = options;
   const first = violations.find(({ names }) => names.length > 0);
   if (!first) return violations.map(({ what }) => what).join("\n");
   const names = new Set(first.names.filter(Boolean));
@@ -93,11 +101,16 @@ export async function tellStory(
     ...entries.map(({ createdAt }) => createdAt.getTime()),
   ].filter((time) => time < Date.now());
   const [fromMs, toMs] = [Math.min(...times) - 5_000, Math.max(...times) + 5_000];
+  const requests = calls.flatMap((line) => /"request_id":"([^"]+)"/.exec(line)?.[1] ?? []);
   const parts = {
     "Calls and answers": calls,
     Reservations: rows.map((row) => JSON.stringify(row)),
     States: tables.witness.filter(({ id }) => ids.has(id)).map((row) => JSON.stringify(row)),
     Ledger: entries.map((entry) => JSON.stringify(entry)),
+    Logs: logs
+      .map((line) => JSON.stringify(line))
+      .filter((line) => [...ids, ...requests].some((name) => name.length > 20 && line.includes(name)))
+      .map((line) => line.slice(0, MAX_LOGGED)),
     "Faults of that time": struck
       .filter(({ startMs, endMs }) => endMs >= fromMs && startMs <= toMs)
       .map(

@@ -30,6 +30,8 @@ export interface Node {
   strike(signal: NodeJS.Signals, next?: { backInMs?: number; way?: WayOfRunning }): void;
   /** Its process now; undefined while it is away. */
   service(): RunningService | undefined;
+  /** Adds to the misdeeds where it has told in this life what cannot be. */
+  findLies(): void;
 }
 
 /** What makes a life of a process different from an ordinary one. */
@@ -62,6 +64,7 @@ export interface World extends AsyncDisposable {
 const COUNTS: Record<Entry, number> = { api: 2, scheduler: 2, worker: 3 };
 /** Small, so that a few hundred reservations a second are many messages and many transactions. */
 const SMALL = { SCAN_BATCH: "200", PUBLISH_CHUNK: "20", WORKER_BATCH: "50", QUEUED_RESERVATIONS: "2000" };
+const PUBLISH = "basic.publish";
 const ENDS_WITHIN_MS = 10_000;
 const READY_MS = 60_000;
 
@@ -88,11 +91,23 @@ export async function openWorld(settings: Record<string, string>): Promise<World
     /** The signals that each life was sent. */
     let struck: NodeJS.Signals[] = [];
 
+    /** What had been published before this life. */
+    let passedBefore = 0;
+
+    /** Nobody may take for confirmed what was never sent. */
+    function findLies(log: Record<string, unknown>[]) {
+      const confirmed = log.reduce((sum, line) => sum + Number(line.confirmed ?? 0), 0);
+      const passed = amqp.passed(PUBLISH) - passedBefore;
+      if (confirmed > passed)
+        misdeeds.push(`${name} took ${confirmed} messages for confirmed, but had sent ${passed}`);
+    }
+
     async function live() {
       while (!isClosing) {
         const { clockOffMs = 0, timeZone } = next.way ?? {};
         next = {};
         struck = [];
+        passedBefore = amqp.passed(PUBLISH);
         const bunArgs = clockOffMs === 0 ? [] : ["--preload", join(import.meta.dir, "faults_clock.ts")];
         service = await startService(
           entry,
@@ -106,6 +121,7 @@ export async function openWorld(settings: Record<string, string>): Promise<World
         const code = await service.exited;
         const log = service.log();
         lives.push(log);
+        findLies(log);
         service = undefined;
         if (isClosing) return;
         const isAsTold =
@@ -123,6 +139,7 @@ export async function openWorld(settings: Record<string, string>): Promise<World
     return {
       ...{ name, entry, mysql, amqp, ...(entry === "api" && { http }) },
       service: () => service,
+      findLies: () => service && findLies(service.log()),
       strike(signal, after = {}) {
         if (!service) return;
         struck.push(signal);

@@ -25,6 +25,8 @@ export interface TcpProxy {
   url: string;
   /** The connections that are open. */
   connections(): number;
+  /** How many commands of that name have been passed on to the server, `basic.publish` for example. */
+  passed(command: string): number;
   /** Ends every connection; new ones come through. */
   cut(): void;
   /** Like a server that is down: ends every connection, and takes no new ones. */
@@ -58,6 +60,7 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
   let held = false;
   let pace: Pace | undefined;
   let trap: Trap | undefined;
+  const passed: Record<string, number> = {};
 
   const listener = createServer((client) => {
     const server = connect({ host: hostname, port: Number(targetPort) });
@@ -80,6 +83,7 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
         if (matching) trap = undefined;
         if (matching?.moment === "unsent") return spring(matching);
         if (matching?.moment === "answered") awaited = matching;
+        if (text.startsWith("basic.")) passed[text] = (passed[text] ?? 0) + 1;
         if (matching?.moment === "sent") return server.write(bytes, () => spring(matching));
         toServer(bytes);
       }
@@ -129,6 +133,7 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
   return {
     url: proxied.href,
     connections: () => pairs.size,
+    passed: (command) => passed[command] ?? 0,
     cut,
     refuse,
     reset: () => end("resetAndDestroy"),
