@@ -167,39 +167,75 @@ describe("bun run api.ts", () => {
     return promise;
   }
 
+  /** Does `work` while an uncommitted row of the same key keeps a request's INSERT waiting; then that row goes. */
+  async function whileInsertWaits(
+    { url }: RunningService,
+    key: string,
+    work: (answer: Promise<Response>, hangUp: () => void) => Promise<void>,
+  ) {
+    const client = new AbortController();
+    await db.database
+      .transaction(async ({ execute }) => {
+        await execute(
+          "insert into point_reservations (id, user_id, point_amount, execute_at, scan_at, idempotency_key) values (?, 'a', 1, now(3), now(3), ?)",
+          [key.slice(0, 36), key],
+        );
+        const request = { ...post(bodyOf({ idempotency_key: key })), signal: client.signal };
+        const answer = fetch(`${url}/point/reserve`, request);
+        await until("the INSERT waits", async () => {
+          const [waiting] = await db.query(
+            "select id from information_schema.processlist where db = ? and info like 'insert into point_reservations%' and id <> connection_id()",
+            [db.name],
+          );
+          return waiting;
+        });
+        await work(answer, () => client.abort());
+        throw new Error("roll back");
+      })
+      .catch((error) => expect(error.message).toBe("roll back"));
+  }
+
+  function findByKey(key: string) {
+    return db.query<{ id: string; user_id: string }>(
+      "select id, user_id from point_reservations where idempotency_key = ?",
+      [key],
+    );
+  }
+
+  test("reserves all the same where the client has gone meanwhile, and the same key finds it", () =>
+    withApi({}, async (service) => {
+      const key = uniqueName("key");
+      await whileInsertWaits(service, key, async (answer, hangUp) => {
+        hangUp();
+        await expect(answer).rejects.toThrow("abort");
+      });
+      const [row] = await until("it is reserved", async () => {
+        const rows = await findByKey(key);
+        return rows.length > 0 && rows;
+      });
+      const again = await fetch(`${service.url}/point/reserve`, post(bodyOf({ idempotency_key: key })));
+      expect(again.headers.get("idempotent-replayed")).toBe("true");
+      expect(await again.json()).toMatchObject({ reservation_id: row?.id });
+      expect(await findByKey(key)).toHaveLength(1);
+      expect(service.log().filter(({ level }) => level === "error" || level === "warn")).toEqual([]);
+    }));
+
   test.each(["SIGTERM", "SIGINT"] as const)(
     "ends with 0 at %s, and an open request still gets its answer",
     (signal) =>
       withApi({}, async (service) => {
         const key = uniqueName("key");
-        let answer: Promise<Response> | undefined;
+        let answered: Promise<Response> | undefined;
         let exited: Promise<number | null> | undefined;
-        // An uncommitted row of the same key keeps the request's INSERT waiting.
-        await db.database
-          .transaction(async ({ execute }) => {
-            await execute(
-              "insert into point_reservations (id, user_id, point_amount, execute_at, scan_at, idempotency_key) values (?, 'a', 1, now(3), now(3), ?)",
-              [key.slice(0, 36), key],
-            );
-            answer = fetch(`${service.url}/point/reserve`, post(bodyOf({ idempotency_key: key })));
-            await until("the INSERT waits", async () => {
-              const [waiting] = await db.query(
-                "select id from information_schema.processlist where db = ? and info like 'insert into point_reservations%' and id <> connection_id()",
-                [db.name],
-              );
-              return waiting;
-            });
-            exited = service.kill(signal);
-            await until("it stops", () => service.log().some(({ msg }) => msg === "stopping"));
-            throw new Error("roll back");
-          })
-          .catch((error) => expect(error.message).toBe("roll back"));
-        expect((await answer)?.status).toBe(201);
+        await whileInsertWaits(service, key, async (answer) => {
+          answered = answer;
+          exited = service.kill(signal);
+          await until("it stops", () => service.log().some(({ msg }) => msg === "stopping"));
+        });
+        expect((await answered)?.status).toBe(201);
         expect(await exited).toBe(0);
         expect(service.log().at(-1)).toMatchObject({ msg: "stopped" });
-        expect(
-          await db.query("select user_id from point_reservations where idempotency_key = ?", [key]),
-        ).toEqual([{ user_id: "TestUser01" }]);
+        expect(await findByKey(key)).toMatchObject([{ user_id: "TestUser01" }]);
       }),
     30_000,
   );

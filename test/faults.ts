@@ -10,12 +10,14 @@
  * within the lease + 2 s of its end, or within 2 s where the lease has no part in it. `--sabotage` plants bugs in copies of
  * the tree, and demands that each is caught. Exit 0: all is right; 1: something is not; 2: it could not be tried.
  *
- * Settings of the processes, e.g. `LEASE_MS=15000`, are handed on to them. Linux only.
+ * The servers are a private pair, or those of DATABASE_URL and AMQP_URL where START_SERVICES is a command that starts what
+ * does not run of them. Settings of the processes, e.g. `LEASE_MS=15000`, are handed on to them. Linux only.
  */
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { Settings } from "../lib/config.ts";
+import { install, mustInstall } from "../lib/dev/install.ts";
 import { findViolations, installWitness, readTables, type Violation } from "./faults_check.ts";
 import { openClient } from "./faults_client.ts";
 import { KINDS, type Planned, planApart, planFaults } from "./faults_kinds.ts";
@@ -260,8 +262,11 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
 }
 
 try {
-  process.exit(values.sabotage ? await sabotage(values.sabotage) : await run(readOptions()));
+  const options = readOptions();
+  // Servers of its own, which may be killed.
+  if (!Bun.env.START_SERVICES && mustInstall()) await install({ say: progress });
+  process.exit(values.sabotage ? await sabotage(values.sabotage) : await run(options));
 } catch (error) {
-  console.error(error instanceof Error ? (error.stack ?? error.message) : error);
+  console.error(error instanceof Error ? error.message : error);
   process.exit(2);
 }
