@@ -3,6 +3,7 @@ import { encodeMessage } from "../lib/message.ts";
 import type { Reserved } from "./faults_client.ts";
 import type { Random } from "./faults_random.ts";
 import type { Entry, Node, World } from "./faults_world.ts";
+import { until } from "./harness.ts";
 import type { TcpProxy } from "./proxy.ts";
 
 /** What a fault is given to strike with. */
@@ -124,6 +125,7 @@ function clockOf(sign: 1 | -1): Kind {
 /** One life of a process in another way, and the next one as usual. */
 async function liveOtherwise({ node, lastsMs }: Strike, way: { clockOffMs?: number; timeZone?: string }) {
   await endLife(node, way);
+  await until(`${node.name} works`, () => node.isReady());
   await Bun.sleep(lastsMs);
   await endLife(node);
 }

@@ -30,6 +30,8 @@ export interface Node {
   strike(signal: NodeJS.Signals, next?: { backInMs?: number; way?: WayOfRunning }): void;
   /** Its process now; undefined while it is away. */
   service(): RunningService | undefined;
+  /** Whether it says that it can do its work now. */
+  isReady(): Promise<boolean>;
   /** Adds to the misdeeds where it has told in this life what cannot be. */
   findLies(): void;
 }
@@ -139,9 +141,18 @@ export async function openWorld(settings: Record<string, string>): Promise<World
     return {
       ...{ name, entry, mysql, amqp, ...(entry === "api" && { http }) },
       service: () => service,
+      async isReady() {
+        const url = service?.log().find((line) => typeof line.url === "string")?.url;
+        if (!url) return false;
+        const answer = await fetch(`${url}ready`, { signal: AbortSignal.timeout(3_000) }).catch(
+          () => undefined,
+        );
+        return answer?.status === 200;
+      },
       findLies: () => service && findLies(service.log()),
       strike(signal, after = {}) {
-        if (!service) return;
+        // A second SIGTERM ends a process at once, as it says.
+        if (!service || (signal === "SIGTERM" && struck.includes(signal))) return;
         struck.push(signal);
         if (signal === "SIGKILL" || signal === "SIGTERM") next = after;
         kill(service.pid, signal);
@@ -166,16 +177,6 @@ export async function openWorld(settings: Record<string, string>): Promise<World
       Array.from({ length: count }, (_, index) => openNode(entry as Entry, index + 1)),
     ),
   );
-
-  async function isReady(node: Node): Promise<boolean> {
-    const url = node
-      .service()
-      ?.log()
-      .find((line) => typeof line.url === "string")?.url;
-    if (!url) return false;
-    const answer = await fetch(`${url}ready`, { signal: AbortSignal.timeout(3_000) }).catch(() => undefined);
-    return answer?.status === 200;
-  }
 
   const world: World = {
     test,
@@ -204,7 +205,7 @@ export async function openWorld(settings: Record<string, string>): Promise<World
       const end = performance.now() + READY_MS;
       const waiting = new Set(nodes);
       while (waiting.size > 0) {
-        for (const node of waiting) if (await isReady(node)) waiting.delete(node);
+        for (const node of waiting) if (await node.isReady()) waiting.delete(node);
         if (performance.now() > end) {
           misdeeds.push(
             `Not ready within ${READY_MS} ms: ${[...waiting].map(({ name }) => name).join(", ")}`,
