@@ -70,12 +70,13 @@ const LATER = "2029-03-01T00:00:00.000Z";
 /** One more than goes in one statement. */
 const MANY = 1_001;
 
-async function reservationsOf(userId: string, field: "status" | "campaign" = "status") {
-  const rows = await query<{ of: string; count: number }>(
-    `select ${field} of, count(*) count from point_reservations where user_id = ? group by ${field}`,
+/** How many reservations of a user stand where. */
+async function reservationsOf(userId: string) {
+  const rows = await query<{ status: string; count: number }>(
+    "select status, count(*) count from point_reservations where user_id = ? group by status",
     [userId],
   );
-  return Object.fromEntries(rows.map(({ of, count }) => [of, Number(count)]));
+  return Object.fromEntries(rows.map(({ status, count }) => [status, Number(count)]));
 }
 
 async function pointsOf(userId: string) {
