@@ -45,7 +45,7 @@ test("scheduler.ts and worker.ts killed in the middle of 1,000 due reservations,
 
 if (!canRestart) {
   console.warn(
-    "NOT TESTED: a restart of MySQL and RabbitMQ. Set RESTART_SERVICES to a command that restarts the servers behind DATABASE_URL and AMQP_URL, or install mysqld or mariadbd and rabbitmq-server",
+    "NOT TESTED: a restart of MySQL and RabbitMQ. Set START_SERVICES to a command that starts what does not run of the servers behind DATABASE_URL and AMQP_URL, or install mysqld or mariadbd and rabbitmq-server",
   );
 }
 
