@@ -89,7 +89,7 @@ describe("POST /point/reserve", () => {
     );
   });
 
-  test("gives ten requests with one key at the same moment one reservation", async () => {
+  test("gives ten requests with one key at the same moment one reservation (fault 2)", async () => {
     const key = uniqueName("key");
     const send = async (index: number) => {
       const init = post(bodyOf({ idempotency_key: key }));
@@ -115,7 +115,7 @@ describe("POST /point/reserve", () => {
     ["user_id", { user_id: "testuser01" }],
     ["point_amount", { point_amount: 101 }],
     ["execute_at", { execute_at: "2029-02-22T22:59:00.001+09:00" }],
-  ])("answers 422 to the same key with another %s", async (_, other) => {
+  ])("answers 422 to the same key with another %s (fault 3)", async (_, other) => {
     const key = uniqueName("key");
     await reserve({ idempotency_key: key });
     const init = post(bodyOf({ idempotency_key: key, ...other }));

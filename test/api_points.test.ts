@@ -670,7 +670,7 @@ describe("PUT /point/add and /point/sub under load:", () => {
     expect(await stateOf(free)).toEqual({ balance: "5", ledger: [-1, -1, -1, -1, -1] });
   });
 
-  test("1,000 at once on one user, through two processes and beside grants, end at the exact sum", async () => {
+  test("1,000 at once on one user, through two processes and beside grants, end at the exact sum (fault 8)", async () => {
     const fresh = await createTestDatabase();
     const services = await Promise.all([1, 2].map(() => startService("api", { DATABASE_URL: fresh.url })));
     try {

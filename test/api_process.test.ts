@@ -241,7 +241,7 @@ describe("bun run api.ts", () => {
   );
 
   test.each(["Asia/Tokyo", "America/New_York", "UTC"])(
-    "stores and tells the right UTC time on a host in %s",
+    "stores and tells the right UTC time on a host in %s (fault 7)",
     (TZ) =>
       withApi({ TZ }, async ({ url }) => {
         const response = await fetch(`${url}/point/reserve`, post(bodyOf()));

@@ -187,7 +187,7 @@ describe("Database.transaction()", () => {
     expect(await balances()).toEqual([{ user_id: "a", point_num: 3 }]);
   });
 
-  test("starts again from BEGIN after a deadlock, and both who fought succeed", async () => {
+  test("starts again from BEGIN after a deadlock, and both who fought succeed (fault 23)", async () => {
     await db.query("insert into point_root (user_id, point_num) values ('a', 0), ('b', 0)");
     const bothHoldOne = barrier(2);
     let attempts = 0;
@@ -273,7 +273,7 @@ describe("Database.run()", () => {
     expect(attempts).toBe(1);
   });
 
-  test("counts the rows that changed, not those that matched", async () => {
+  test("counts the rows that changed, not those that matched (fault 26)", async () => {
     await db.database.run(async (connection) => {
       expect((await insert(connection, "a", 1)).affectedRows).toBe(1);
       const set = "update point_root set point_num = ? where user_id = 'a'";
@@ -287,7 +287,7 @@ describe("Database.run()", () => {
 });
 
 describe("openDatabase() sets every session:", () => {
-  test("UTC, whatever the zone of the server and of this process", async () => {
+  test("UTC, whatever the zone of the server and of this process (fault 7)", async () => {
     const time = new Date("2029-02-22T13:59:00.123Z");
     await db.database.run(async ({ execute, select }) => {
       await execute("insert into point_root (user_id, point_num, created_at) values ('a', 1, ?)", [time]);
@@ -302,7 +302,7 @@ describe("openDatabase() sets every session:", () => {
     });
   });
 
-  test("strict mode: a user id that is too long fails, and is not cut to somebody else's", async () => {
+  test("strict mode: a user id that is too long fails, and is not cut to somebody else's (fault 27)", async () => {
     const error = await errorOf(db.database.run((connection) => insert(connection, "x".repeat(21), 1)));
     expect(error.kind).toBe("other");
     expect(error.message).toBe("MySQL failed with ER_DATA_TOO_LONG");

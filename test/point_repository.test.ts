@@ -258,7 +258,7 @@ describe("changePoints()", () => {
     expect(await Promise.all(["a", "rich"].map(pointsOf))).toEqual([0n, MAX_BIGINT]);
   });
 
-  test("takes keys and users that differ only in case for two", async () => {
+  test("takes keys and users that differ only in case for two (fault 4)", async () => {
     const batch = [changeOf("k", "User1", 1), changeOf("K", "User1", 20), changeOf("l", "user1", 300)];
     await change(...batch);
     const again = [changeOf("m", "user1", -300), changeOf("n", "User1", -21)];

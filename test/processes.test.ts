@@ -31,7 +31,7 @@ function messagesOf(service: { log(): Record<string, unknown>[] }): unknown[] {
 }
 
 describe("worker.ts", () => {
-  test("moves garbage, poison and unknown ids to the dead-letter queue, and grants the others", async () => {
+  test("moves garbage, poison and unknown ids to the dead-letter queue, and grants the others (fault 31)", async () => {
     await using pipeline = await openPipeline();
     const worker = await pipeline.start("worker");
     const queue = await pipeline.openQueue();
@@ -52,7 +52,7 @@ describe("worker.ts", () => {
     await expectAllDoneOnce(pipeline.test, 1);
   }, 30_000);
 
-  test("SIGTERM while busy: exit 0 within 10 s, and nothing is lost or granted twice", async () => {
+  test("SIGTERM while busy: exit 0 within 10 s, and nothing is lost or granted twice (fault 36)", async () => {
     await using pipeline = await openPipeline();
     const env = { WORKER_BATCH: "5", WORKER_PREFETCH: "20" };
     const worker = await pipeline.start("worker", env);
@@ -102,7 +102,7 @@ describe("worker.ts", () => {
     await expectAllDoneOnce(pipeline.test, 2);
   }, 60_000);
 
-  test("MySQL's connections cut: not ready, nothing acknowledged, then recovers by itself", async () => {
+  test("MySQL's connections cut: not ready, nothing acknowledged, then recovers by itself (fault 37)", async () => {
     await using pipeline = await openPipeline();
     await using proxy = await proxyTo(pipeline);
     const worker = await pipeline.start("worker", { DATABASE_URL: proxy.url, WORKER_BATCH: "5" });

@@ -75,7 +75,7 @@ function recorder(outcome: (text: string) => Outcome | Promise<Outcome> = () => 
 }
 const before = async () => {};
 
-test("publish() confirms what is persistent, routed and labelled", async () => {
+test("publish() confirms what is persistent, routed and labelled (fault 14)", async () => {
   const { queue, name } = await openReady();
   expect(await queue.publish(messages("one", "two", "three"))).toBe(3);
   expect(await queue.depth()).toBe(3);
@@ -140,7 +140,7 @@ test("consume() hands over no more than prefetch at once", async () => {
   await until("the rest", () => received.length === 5);
 }, 20_000);
 
-test("a handler that throws gives all open messages back, and consumption resumes after `before`", async () => {
+test("a handler that throws gives all open messages back, and consumption resumes after `before` (fault 34)", async () => {
   const { queue, events } = await openReady();
   const gate = Promise.withResolvers<Outcome>();
   let failing = true;
@@ -166,14 +166,17 @@ test("a handler that throws gives all open messages back, and consumption resume
   expect(befores).toBe(2);
   expect(events.reasons).toContain("MySQL is away");
   // The handlers of the lost subscription end late: their acknowledgements are dropped, not sent on the new channel.
+  const { connected } = events;
   gate.resolve("ack");
-  await queue.publish(messages("6"));
+  expect(await queue.publish(messages("6"))).toBe(1);
   await until("the next one", () => received.includes("6"));
-  expect(queue.isReady()).toBe(true);
   expect(await queue.depth()).toBe(0);
+  // RabbitMQ would have closed a channel that acknowledges what it was not given.
+  expect(events.connected).toBe(connected);
+  expect(queue.isReady()).toBe(true);
 }, 20_000);
 
-test("publish() does not count what no queue took, and the queue is made again", async () => {
+test("publish() does not count what no queue took, and the queue is made again (fault 13)", async () => {
   const { queue, name, events } = await openReady();
   await deleteQueue(name);
   expect(await queue.publish(messages("lost", "lost too"))).toBe(0);
@@ -218,19 +221,24 @@ test("openQueue() waits for a broker that is not there at the start", async () =
   expect(await queue.publish(messages("first"))).toBe(1);
 }, 30_000);
 
-test("a consumer that the broker cancels subscribes again", async () => {
+test("a consumer that the broker cancels subscribes again (fault 35)", async () => {
   const { queue, name, events } = open();
   const { received, handle } = recorder();
-  queue.consume({ prefetch: 10, before, handle });
+  const gate = Promise.withResolvers<void>();
+  let befores = 0;
+  queue.consume({ prefetch: 10, before: async () => (++befores > 1 ? gate.promise : undefined), handle });
   await until("consuming", () => queue.isReady());
   await deleteQueue(name);
-  await until("the loss is seen", () => events.reasons.includes("RabbitMQ cancelled the consumer"));
+  await until("it would subscribe again", () => befores === 2);
+  expect(events.reasons).toContain("RabbitMQ cancelled the consumer");
+  expect(queue.isReady()).toBe(false);
+  gate.resolve();
   await until("consuming again", () => queue.isReady());
   expect(await queue.publish(messages("after"))).toBe(1);
   await until("it comes", () => received.length === 1);
 }, 20_000);
 
-test("publish() resolves within its deadline where no confirm comes", async () => {
+test("publish() resolves within its deadline where no confirm comes (fault 11)", async () => {
   const proxy = await openProxy();
   const { queue, events } = await openReady({ url: proxy.url, publishTimeoutMs: 300 });
   proxy.hold();
@@ -245,7 +253,7 @@ test("publish() resolves within its deadline where no confirm comes", async () =
   expect(await queue.publish(messages("three"))).toBe(1);
 }, 30_000);
 
-test("an alarm of the broker refuses publishing at once, until it is over", async () => {
+test("an alarm of the broker refuses publishing at once, until it is over (fault 15)", async () => {
   const proxy = await openProxy();
   const { queue } = await openReady({ url: proxy.url });
   proxy.inject(blockedFrame(true));

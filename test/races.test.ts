@@ -202,7 +202,7 @@ function shuffled<T>(items: readonly T[]): T[] {
 }
 
 describe("DELETE of a reservation against its grant", () => {
-  test("at a random moment around it, 1,000 times: CANCELLED without points or DONE with them, as the answer says", async () => {
+  test("at a random moment around it, 1,000 times: CANCELLED without points or DONE with them, as the answer says (fault 20)", async () => {
     await using pipeline = await openPipeline();
     const { api, workers } = await startAll(pipeline);
     const all = await reserveMany(api, { count: 1_000, inMs: 1_500, spreadMs: 8_000 });

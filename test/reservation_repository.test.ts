@@ -118,7 +118,7 @@ async function insertMany(count: number, firstDue = new Date(Date.now() - 60_000
 }
 
 describe("createReservations()", () => {
-  test("inserts all of a batch, to the millisecond and PENDING", async () => {
+  test("inserts all of a batch, to the millisecond and PENDING (fault 6)", async () => {
     const batch = [
       reservationOf({ executeAt: new Date("1970-01-01T00:00:00.000Z"), pointAmount: 1 }),
       reservationOf({ executeAt: new Date("2029-02-22T13:59:00.001Z"), idempotencyKey: "k".repeat(100) }),
@@ -232,7 +232,7 @@ describe("createReservations()", () => {
     expect(await db.query("select id from point_reservations")).toHaveLength(20);
   }, 20_000);
 
-  test("takes users and keys that differ only in case for two", async () => {
+  test("takes users and keys that differ only in case for two (fault 4)", async () => {
     const batch = [
       reservationOf({ userId: "User1", idempotencyKey: "Order" }),
       reservationOf({ userId: "user1", idempotencyKey: "order" }),
@@ -243,7 +243,7 @@ describe("createReservations()", () => {
     ).toEqual([{ k: "order" }]);
   });
 
-  test("inserts nothing of a batch with a user id that would be cut", async () => {
+  test("inserts nothing of a batch with a user id that would be cut (fault 27)", async () => {
     const batch = [reservationOf(), reservationOf({ userId: "x".repeat(21) })];
     await expect(create(batch)).rejects.toThrow("ER_DATA_TOO_LONG");
     expect(await db.query("select id from point_reservations")).toEqual([]);
@@ -278,7 +278,7 @@ describe("claimDue()", () => {
     await expectRow(due.id, { status: "PROCESSING", scanAt: midday(60_000), attempts: 0 });
   });
 
-  test("leaves the future alone to the millisecond", async () => {
+  test("leaves the future alone to the millisecond (fault 6)", async () => {
     const due = [await insertDueAt(-1), await insertDueAt(0)];
     const future = await insertDueAt(1);
     await freezeAt(MIDDAY);
@@ -353,7 +353,7 @@ describe("claimDue()", () => {
     expect(idsOf(await claimDue(db.database, LEASE))).toEqual([ids[0] as string, ids[2] as string]);
   });
 
-  test("locks only what it takes: a second claim, while the first is open, gets the next ones", async () => {
+  test("locks only what it takes: a second claim, while the first is open, gets the next ones (fault 18)", async () => {
     const ids = await insertMany(100);
     const claims = [openClaim(30), openClaim(30), openClaim(30)];
     const parts = await Promise.all(claims.map(({ claimed }) => claimed));
@@ -364,7 +364,7 @@ describe("claimDue()", () => {
     expect(idsOf(await claimDue(db.database, LEASE))).toEqual(ids.slice(90));
   });
 
-  test("by several schedulers at once gives disjoint sets, each in order, together everything", async () => {
+  test("by several schedulers at once gives disjoint sets, each in order, together everything (fault 10)", async () => {
     const ids = await insertMany(3_000);
     const position = new Map(ids.map((id, index) => [id, index]));
     const drain = async (limit: number) => {
@@ -380,7 +380,7 @@ describe("claimDue()", () => {
     expect(scans.flat().toSorted((a, b) => a - b)).toEqual(ids.map((_, index) => index));
   }, 30_000);
 
-  test("never takes a reservation that is over", async () => {
+  test("never takes a reservation that is over (fault 17)", async () => {
     for (const status of ["DONE", "FAILED", "CANCELLED"] as const) await insertDueAt(-1_000, { status });
     await freezeAt(MIDDAY);
     expect(await claimDue(frozen, LEASE)).toEqual([]);
@@ -631,7 +631,7 @@ describe("cancelReservation()", () => {
   test.each([
     ["commits", "DONE"],
     ["is rolled back", "CANCELLED"],
-  ])("waits for a grant of the row: where the grant %s, it ends %s", async (what, status) => {
+  ])("waits for a grant of the row: where the grant %s, it ends %s (fault 20)", async (what, status) => {
     const { id } = await insertReservation(db, { status: "PROCESSING" });
     let cancelled: Promise<boolean> | undefined;
     const granted = db.database.transaction(async (connection) => {
@@ -647,7 +647,7 @@ describe("cancelReservation()", () => {
     expect((await rowOf(id)).status).toBe(status as never);
   });
 
-  test("makes a claim pass the row by, and a grant that comes later throw", async () => {
+  test("makes a claim pass the row by, and a grant that comes later throw (fault 20)", async () => {
     const { id } = await insertReservation(db);
     expect(idsOf(await claimDue(db.database, LEASE))).toEqual([id]);
     await cancelReservation(db.database, id);

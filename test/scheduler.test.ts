@@ -110,7 +110,7 @@ describe("scanAndPublish() publishes", () => {
     }
   }, 20_000);
 
-  test("again, after its lease and not before, what was claimed and never published", async () => {
+  test("again, after its lease and not before, what was claimed and never published (fault 9)", async () => {
     const reservation = await insertReservation(db);
     // A scheduler that was killed between its COMMIT and its publish.
     expect(await claimDue(db.database, { limit: 10, leaseMs: 1_000 })).toHaveLength(1);
@@ -131,7 +131,7 @@ describe("scanAndPublish() publishes", () => {
     expect(granted?.grantedAt?.getTime()).toBeGreaterThanOrEqual(leaseEnd);
   }, 20_000);
 
-  test("again, after its lease, what the broker did not confirm; it stays PROCESSING until then", async () => {
+  test("again, after its lease, what the broker did not confirm; it stays PROCESSING until then (fault 13)", async () => {
     const due = await insertDue(3);
     const losing: ScanOptions["queue"] = {
       depth: () => queue.depth(),
@@ -225,7 +225,7 @@ describe("scanAndPublish() returns", () => {
 });
 
 describe("two scheduler processes", () => {
-  test("publish each of 1,000 rows exactly once between them", async () => {
+  test("publish each of 1,000 rows exactly once between them (fault 10)", async () => {
     await using pipeline = await openPipeline();
     const env = { SCAN_INTERVAL_MS: "10", SCAN_BATCH: "20", PUBLISH_CHUNK: "7" };
     const schedulers = [await pipeline.start("scheduler", env), await pipeline.start("scheduler", env)];

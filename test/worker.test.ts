@@ -85,7 +85,7 @@ describe("processMessages() grants", () => {
     ]);
   });
 
-  test("once where the same message comes twice", async () => {
+  test("once where the same message comes twice (fault 24)", async () => {
     const reservation = await insertClaimed();
     expect(await work([messageOf(reservation)])).toEqual(["ack"]);
     expect(await work([messageOf(reservation)])).toEqual(["ack"]);
@@ -115,7 +115,7 @@ describe("processMessages() grants", () => {
     expect(await ledgerOf({ userId })).toHaveLength(50);
   });
 
-  test("what the row says, not what a forged message says", async () => {
+  test("what the row says, not what a forged message says (fault 32)", async () => {
     const reservation = await insertClaimed();
     const [forged] = messageOf(reservation);
     if (!forged) throw new Error("No message");
@@ -129,7 +129,7 @@ describe("processMessages() grants", () => {
     ]);
   });
 
-  test("the others of a message that names an unknown id, and calls that message dead", async () => {
+  test("the others of a message that names an unknown id, and calls that message dead (fault 37)", async () => {
     const [known, other] = [await insertClaimed(), await insertClaimed()];
     const outcomes = await work([messageOf(known, reservationOf({ id: uuidv7() })), messageOf(other)]);
     expect(outcomes).toEqual(["dead", "ack"]);
@@ -166,7 +166,7 @@ describe("processMessages() does not grant", () => {
   });
 
   test.each(["DONE", "CANCELLED", "FAILED"] as const)(
-    "a reservation that is %s, and leaves it so",
+    "a reservation that is %s, and leaves it so (fault 33)",
     async (status) => {
       const reservation = await insertReservation(db, { userId: newUser(), status });
       expect(await work([messageOf(reservation)])).toEqual(["ack"]);
@@ -189,7 +189,7 @@ describe("processMessages() does not grant", () => {
     expect(await points(innocent)).toBe(100n);
   });
 
-  test("what the ledger has already with other content: FAILED with the reason, the innocent are granted", async () => {
+  test("what the ledger has already with other content: FAILED with the reason, the innocent are granted (fault 28)", async () => {
     const [reservation, innocent] = [await insertClaimed(), await insertClaimed()];
     const entry = await addLedgerEntry(reservation, 99);
     expect(await work([messageOf(reservation, innocent)])).toEqual(["ack"]);
@@ -202,7 +202,7 @@ describe("processMessages() does not grant", () => {
     await db.query("delete from point_transactions where id = ?", [entry]);
   });
 
-  test("beyond the largest balance: FAILED with the reason, the others of the batch are granted", async () => {
+  test("beyond the largest balance: FAILED with the reason, the others of the batch are granted (fault 29)", async () => {
     const rich = await insertClaimed();
     const [same, innocent] = [
       await insertClaimed({ userId: rich.userId, pointAmount: 7 }),
@@ -257,7 +257,7 @@ describe("processMessages() with a row that fails for a reason of its own", () =
     expect(await points(cursed)).toBeUndefined();
   });
 
-  test("waits longer each time, and ends FAILED after the last attempt", async () => {
+  test("waits longer each time, and ends FAILED after the last attempt (fault 30)", async () => {
     const cursed = await insertClaimed({ userId: CURSED });
     const waits: number[] = [];
     for (let attempt = 1; attempt < 4; attempt++) {
@@ -300,7 +300,7 @@ describe("processMessages() with a row that fails for a reason of its own", () =
 });
 
 describe("processMessages() beside others", () => {
-  test("grants the others where somebody holds one balance locked, and that one later, without an attempt", async () => {
+  test("grants the others where somebody holds one balance locked, and that one later, without an attempt (fault 22)", async () => {
     const [locked, again, ...others] = await Promise.all([
       insertClaimed({ userId: "Locked" }),
       insertClaimed({ userId: "Locked" }),
@@ -322,7 +322,7 @@ describe("processMessages() beside others", () => {
     expect(await points(locked)).toBe(300n);
   }, 30_000);
 
-  test("rejects where MySQL is away, and counts no attempt", async () => {
+  test("rejects where MySQL is away, and counts no attempt (fault 37)", async () => {
     const reservation = await insertClaimed();
     const away = new URL(DATABASE_URL);
     away.port = "1";
@@ -351,7 +351,7 @@ describe("processMessages() beside others", () => {
     }
   }, 30_000);
 
-  test("grants all where workers add to the same users in different orders", async () => {
+  test("grants all where workers add to the same users in different orders (fault 23)", async () => {
     await using another = openAnother(db);
     const crowd = Array.from({ length: 60 }, newUser);
     const batches = Array.from({ length: 8 }, (_, batch) => {
