@@ -225,6 +225,29 @@ export const KINDS: Record<string, Kind> = {
   "kill-api": killOf("api"),
   "kill-scheduler": killOf("scheduler"),
   "kill-worker": killOf("worker"),
+  "kill-at-statement": {
+    ...{ entries: ALL, takes: "process", lasts: [3_000, 3_000], weight: 5, needsLease: true },
+    async strike({ node, random, lastsMs }) {
+      const sprung = Promise.withResolvers<void>();
+      node.mysql.trap({
+        command: random.pick([
+          /^begin/,
+          /^select [\s\S]* for update/,
+          /^insert/,
+          /^insert/,
+          /^update/,
+          /^commit/,
+        ]),
+        moment: random.pick(["unsent", "sent", "answered"] as const),
+        spring() {
+          node.strike("SIGKILL");
+          sprung.resolve();
+        },
+      });
+      await Promise.race([sprung.promise, Bun.sleep(lastsMs)]);
+      node.mysql.trap();
+    },
+  },
   "stop-api": stopOf("api"),
   "stop-scheduler": stopOf("scheduler"),
   "stop-worker": stopOf("worker"),
