@@ -25,7 +25,6 @@ import { randomOf } from "./faults_random.ts";
 import { recoveryOf, type Struck, tellStory } from "./faults_report.ts";
 import { sabotage } from "./faults_sabotage.ts";
 import { openWorld, type World } from "./faults_world.ts";
-import { until } from "./harness.ts";
 
 const ROOT = join(import.meta.dir, "..");
 /** One fault every so often, in milliseconds. */
@@ -125,7 +124,7 @@ async function untilAtRest(world: World, withinMs: number): Promise<Violation[]>
 }
 
 /** Sends once more what was taken away, and messages of what is over long since: nothing may come of it. */
-async function sendStale(world: World, client: ReturnType<typeof openClient>): Promise<void> {
+async function sendStale(world: World, client: ReturnType<typeof openClient>): Promise<Violation[]> {
   await using operator = await world.openChannel();
   const { channel } = operator;
   for (const content of world.delayed) channel.sendToQueue(world.queueName, content, { persistent: true });
@@ -139,15 +138,15 @@ async function sendStale(world: World, client: ReturnType<typeof openClient>): P
     channel.sendToQueue(world.queueName, Buffer.from(JSON.stringify(message)), { persistent: true });
   }
   let empty = 0;
-  await until(
-    "the queue is empty",
-    async () => {
-      empty = (await channel.checkQueue(world.queueName)).messageCount === 0 ? empty + 1 : 0;
-      await Bun.sleep(100);
-      return empty === 5;
-    },
-    QUEUE_EMPTY_MS,
-  );
+  for (const end = Date.now() + QUEUE_EMPTY_MS; empty < 5; await Bun.sleep(100)) {
+    const { messageCount } = await channel.checkQueue(world.queueName);
+    empty = messageCount === 0 ? empty + 1 : 0;
+    if (Date.now() < end) continue;
+    return [
+      { what: `${messageCount} messages are still in the queue after ${QUEUE_EMPTY_MS} ms`, names: [] },
+    ];
+  }
+  return [];
 }
 
 async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> {
@@ -198,7 +197,7 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
     await client.close();
     const violations: Violation[] = [];
     violations.push(...(await untilAtRest(world, leaseMs + 2 * scanMs)));
-    await sendStale(world, client);
+    violations.push(...(await sendStale(world, client)));
     const { tables, agree } = await readTables(world.test);
     violations.push(...findViolations(client, tables));
     for (const node of world.nodes) node.findLies();

@@ -159,8 +159,16 @@ function onQueue(
       await using operator = await strike.world.openChannel();
       const { channel } = operator;
       // A channel that the broker closes answers nothing any more.
-      const closed = new Promise<void>((resolve) => channel.once("close", resolve));
-      await Promise.race([deed(channel, strike), closed]);
+      let isClosed = false;
+      const closed = new Promise<void>((resolve) => channel.once("close", resolve)).then(() => {
+        isClosed = true;
+      });
+      async function act() {
+        await deed(channel, strike);
+        // Answered only when all that was sent before has arrived; a connection that closes at once would drop it.
+        if (!isClosed) await channel.checkQueue(strike.world.queueName);
+      }
+      await Promise.race([act(), closed]);
     },
   };
 }
