@@ -1,5 +1,5 @@
 import { createConnection, type RowDataPacket } from "mysql2/promise";
-import { encodeMessage } from "../lib/message.ts";
+import { decodeMessage, encodeMessage, type ReservationMessage } from "../lib/message.ts";
 import type { Reserved } from "./faults_client.ts";
 import type { Random } from "./faults_random.ts";
 import type { Entry, Node, World } from "./faults_world.ts";
@@ -125,7 +125,8 @@ function clockOf(sign: 1 | -1): Kind {
 /** One life of a process in another way, and the next one as usual. */
 async function liveOtherwise({ node, lastsMs }: Strike, way: { clockOffMs?: number; timeZone?: string }) {
   await endLife(node, way);
-  await until(`${node.name} works`, () => node.isReady());
+  // Not at all, where others have broken what it needs.
+  await until(`${node.name} works`, () => node.isReady()).catch(() => {});
   await Bun.sleep(lastsMs);
   await endLife(node);
 }
@@ -186,6 +187,15 @@ function messageOf({ id, key, reserved }: Reserved): Record<string, unknown> {
     ),
   ];
   return message;
+}
+
+/** What a message holds; nothing, where it is another fault's garbage. */
+function readMessages(content: Buffer): ReservationMessage[] {
+  try {
+    return decodeMessage(content);
+  } catch {
+    return [];
+  }
 }
 
 function someOf({ reservations, random }: Strike, count: number): Reserved[] {
@@ -366,8 +376,8 @@ export const KINDS: Record<string, Kind> = {
     }
     // What a scheduler has sent, with other amounts and users.
     for (const content of await takeMessages(channel, strike)) {
-      const altered = [JSON.parse(content.toString())].flat().map((message) => ({
-        ...(message as Record<string, unknown>),
+      const altered = readMessages(content).map((message) => ({
+        ...message,
         ...{ user_id: "Thief", point_amount: 1_000_000 },
       }));
       channel.sendToQueue(world.queueName, Buffer.from(JSON.stringify(altered)), PERSISTENT);
