@@ -246,6 +246,11 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
       );
       await Bun.write(values.json, `${JSON.stringify({ ...summary, settings, by_kind: byKind })}\n`);
     }
+    if (recovery.slowestMs > leaseMs + 2 * scanMs) {
+      const names = [recovery.slowestId ?? ""];
+      const slow = [{ what: `waited ${recovery.slowestMs} ms while nothing was broken`, names }];
+      console.log(await tellStory(slow, { tables, struck, historyFile, logs }));
+    }
     if (violations.length === 0) {
       console.log(`Nothing lost, nothing doubled, nothing early (seed ${seed})`);
       return 0;

@@ -111,7 +111,7 @@ export async function readTables({
     "select user_id userId, point_num pointNum from point_root",
   );
   const witness = await query<WitnessRow>(
-    "select id, was, became, attempts_added, ms_until_due from witness order by number",
+    "select id, was, became, attempts_added, ms_until_due, session, at from witness order by number",
   );
   const { agree } = await reconcile(database, { workMs: 60_000 });
   return {

@@ -13,6 +13,7 @@ export interface Struck {
 export interface Recovery {
   /** The longest of the times that reservations have waited for their grant while nothing was broken. */
   slowestMs: number;
+  slowestId: string | undefined;
   /** Each fault, and how long after its end the last one came of what was granted before the next fault. */
   byFault: (Struck & { recoveredMs?: number; id?: string })[];
 }
@@ -24,17 +25,19 @@ export function recoveryOf(
   const grantedAt = new Map(entries.map(({ key, createdAt }) => [key, createdAt.getTime()]));
   const broken = mergeTimes(struck);
   let slowestMs = 0;
+  let slowestId: string | undefined;
   const byFault: Recovery["byFault"] = struck.map((fault) => ({ ...fault }));
   for (const { id, key, executeAt } of rows) {
     const [dueMs, doneMs] = [executeAt.getTime(), grantedAt.get(key)];
     if (doneMs === undefined) continue;
-    slowestMs = Math.max(slowestMs, doneMs - dueMs - brokenWithin(broken, dueMs, doneMs));
+    const waitedMs = doneMs - dueMs - brokenWithin(broken, dueMs, doneMs);
+    if (waitedMs > slowestMs) [slowestMs, slowestId] = [waitedMs, id];
     const last = byFault.findLast(({ startMs }) => startMs <= doneMs);
     const recoveredMs = last && doneMs - Math.max(dueMs, last.endMs);
     if (last && recoveredMs !== undefined && recoveredMs > (last.recoveredMs ?? 0))
       Object.assign(last, { recoveredMs, id });
   }
-  return { slowestMs, byFault };
+  return { slowestMs, slowestId, byFault };
 }
 
 type Times = { startMs: number; endMs: number };
