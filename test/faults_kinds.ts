@@ -1,6 +1,7 @@
+import type { Channel } from "amqplib";
 import { createConnection, type RowDataPacket } from "mysql2/promise";
-import { decodeMessage, encodeMessage, type ReservationMessage } from "../lib/message.ts";
-import type { Reserved } from "./faults_client.ts";
+import { decodeMessage, type ReservationMessage } from "../lib/message.ts";
+import { HOT_USERS, type Reserved } from "./faults_client.ts";
 import type { Random } from "./faults_random.ts";
 import type { Entry, Node, World } from "./faults_world.ts";
 import { until } from "./harness.ts";
@@ -150,10 +151,7 @@ function killServer(index: 0 | 1): Kind {
 }
 
 /** Deeds of an operator, or of a stranger, on the queue. */
-function onQueue(
-  needsLease: boolean,
-  deed: (channel: Awaited<ReturnType<World["openChannel"]>>["channel"], strike: Strike) => Promise<void>,
-): Kind {
+function onQueue(needsLease: boolean, deed: (channel: Channel, strike: Strike) => Promise<void>): Kind {
   return {
     ...{ takes: "queue", lasts: [200, 1_500], needsLease },
     async strike(strike) {
@@ -175,18 +173,9 @@ function onQueue(
 }
 
 /** What clients have reserved, as a message that the scheduler never sent. */
-function messageOf({ id, key, reserved }: Reserved): Record<string, unknown> {
-  const [message] = [
-    JSON.parse(
-      encodeMessage([
-        {
-          ...{ id: id ?? "", userId: reserved.userId, pointAmount: reserved.pointAmount },
-          ...{ executeAt: new Date(reserved.executeAt), idempotencyKey: key ?? "none", campaign: null },
-        },
-      ]).toString(),
-    ),
-  ];
-  return message;
+function messageOf({ id = "", key = "none", reserved }: Reserved): ReservationMessage {
+  const { userId: user_id, pointAmount: point_amount } = reserved;
+  return { reservation_id: id, user_id, point_amount, idempotency_key: key };
 }
 
 /** What a message holds; nothing, where it is another fault's garbage. */
@@ -204,10 +193,7 @@ function someOf({ reservations, random }: Strike, count: number): Reserved[] {
 }
 
 /** Takes the messages that come within a time, as one more worker would, but gives nothing back. */
-async function takeMessages(
-  channel: Awaited<ReturnType<World["openChannel"]>>["channel"],
-  { world, lastsMs }: Strike,
-): Promise<Buffer[]> {
+async function takeMessages(channel: Channel, { world, lastsMs }: Strike): Promise<Buffer[]> {
   const taken: Buffer[] = [];
   const { consumerTag } = await channel.consume(world.queueName, (message) => {
     if (!message) return;
@@ -220,9 +206,6 @@ async function takeMessages(
 }
 
 const PERSISTENT = { persistent: true };
-
-/** The two users whom a tenth of all grants goes to; a worker locks the first one first. */
-const HOT = ["HotOne", "HotTwo"] as const;
 
 async function withSession(
   { world }: Strike,
@@ -398,10 +381,10 @@ export const KINDS: Record<string, Kind> = {
           await run("begin");
           // MySQL gives up the transaction that has changed less: this one shall live.
           await run("insert into weight values ?", [Array.from({ length: 2_000 }, (_, n) => [n])]);
-          await run("update point_root set updated_at = updated_at where user_id = ?", [HOT[1]]);
+          await run("update point_root set updated_at = updated_at where user_id = ?", [HOT_USERS[1]]);
           await Bun.sleep(strike.random.between([20, 100]));
           // Against the order of the workers: who holds the first and waits for the second is in a deadlock now.
-          await run("update point_root set updated_at = updated_at where user_id = ?", [HOT[0]]);
+          await run("update point_root set updated_at = updated_at where user_id = ?", [HOT_USERS[0]]);
           await run("rollback");
           await Bun.sleep(20);
         }
@@ -414,7 +397,7 @@ export const KINDS: Record<string, Kind> = {
     async strike(strike) {
       await withSession(strike, async ({ run }) => {
         await run("begin");
-        await run("select 1 from point_root where user_id in (?) for update", [HOT]);
+        await run("select 1 from point_root where user_id in (?) for update", [HOT_USERS]);
         await Bun.sleep(strike.lastsMs);
         await run("rollback");
       });
