@@ -20,7 +20,7 @@ export interface ReserveFigures {
   usages: Usages;
 }
 
-const WARM_S = 2;
+const WARM_S = 1;
 const ROUNDS = 2;
 
 type Rounds = Record<"reserve" | "noop", Record<64 | 256, Load[]>>;
