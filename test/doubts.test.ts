@@ -1,4 +1,5 @@
-import { afterAll, beforeAll, describe, expect, setSystemTime, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { join } from "node:path";
 import { openDatabase } from "../lib/database.ts";
 import { findReservation } from "../lib/history.ts";
 import { findBalance, reconcile } from "../lib/point_repository.ts";
@@ -11,13 +12,20 @@ import {
   createTestDatabase,
   deleteQueue,
   insertReservation,
+  type RunningService,
   reservationOf,
   silent,
   type TestDatabase,
   uniqueName,
   until,
 } from "./harness.ts";
-import { countStatuses, insertReservations, processReservations } from "./pipeline.ts";
+import {
+  countStatuses,
+  insertReservations,
+  openPipeline,
+  processReservations,
+  publishReservations,
+} from "./pipeline.ts";
 import { blockedFrame, type Moment, startProxy } from "./proxy.ts";
 
 // What a process cannot know: whether a lost answer was a yes, and whether its own clock is right.
@@ -64,8 +72,8 @@ async function insertDue(count: number) {
   return reservations;
 }
 
-async function statusOf({ id }: { id: string }) {
-  const story = await findReservation(db.database, id);
+async function statusOf({ id }: { id: string }, { database } = db) {
+  const story = await findReservation(database, id);
   return story && { status: story.status, attempts: story.attempts, lastError: story.lastError };
 }
 
@@ -117,33 +125,43 @@ describe("scanAndPublish()", () => {
 });
 
 describe("on a host whose clock is an hour fast,", () => {
-  async function anHourFast<T>(work: () => Promise<T>): Promise<T> {
-    setSystemTime(new Date(Date.now() + 3_600_000));
-    try {
-      return await work();
-    } finally {
-      setSystemTime();
-    }
-  }
+  // Processes of their own: the ids that this one makes would be of that hour ever after.
+  const clock = { CLOCK_OFF_MS: "3600000" };
+  const options = { bunArgs: ["--preload", join(import.meta.dir, "faults_clock.ts")] };
   const executeAt = () => new Date(Date.now() + 1_800_000);
 
-  test("scanAndPublish() claims what is due by the database's clock only (fault 19)", async () => {
-    await using through = await openThrough();
-    const [due] = await insertDue(1);
-    const early = await insertReservation(db, { executeAt: executeAt() });
-    await anHourFast(() => scan(through.queue));
-    expect(await statusOf(early)).toMatchObject({ status: "PENDING" });
-    expect(due && (await statusOf(due))).toMatchObject({ status: "PROCESSING" });
+  function told(service: RunningService, msg: string) {
+    return until(`it has ${msg}`, () => service.log().find((line) => line.msg === msg));
+  }
+
+  function expectFast({ time }: Record<string, unknown>) {
+    expect(Date.parse(String(time))).toBeGreaterThan(Date.now() + 3_000_000);
+  }
+
+  test("scheduler.ts claims what is due by the database's clock only (fault 19)", async () => {
+    await using pipeline = await openPipeline();
+    const early = await insertReservation(pipeline.test, { executeAt: executeAt() });
+    const due = await insertReservation(pipeline.test);
+    const scheduler = await pipeline.start("scheduler", clock, options);
+    const published = await told(scheduler, "published");
+    expect(published).toMatchObject({ claimed: 1 });
+    expectFast(published);
+    expect(await statusOf(early, pipeline.test)).toMatchObject({ status: "PENDING" });
+    expect(await statusOf(due, pipeline.test)).toMatchObject({ status: "PROCESSING" });
   }, 30_000);
 
-  test("processMessages() grants what is due by the database's clock only (fault 19)", async () => {
-    const early = await insertReservation(db, { executeAt: executeAt(), status: "PROCESSING" });
-    const due = await insertReservation(db, { status: "PROCESSING" });
-    const { database } = db;
-    expect(await anHourFast(() => processReservations([[early, due]], { database }))).toEqual(["ack"]);
-    expect(await statusOf(early)).toMatchObject({ status: "PROCESSING", attempts: 0 });
-    expect(await statusOf(due)).toMatchObject({ status: "DONE" });
-  });
+  test("worker.ts grants what is due by the database's clock only (fault 19)", async () => {
+    await using pipeline = await openPipeline();
+    const early = await insertReservation(pipeline.test, { executeAt: executeAt(), status: "PROCESSING" });
+    const due = await insertReservation(pipeline.test, { status: "PROCESSING" });
+    const worker = await pipeline.start("worker", clock, options);
+    await publishReservations(await pipeline.openQueue(), { reservations: [early, due], chunk: 2 });
+    const processed = await told(worker, "processed");
+    expect(processed).toMatchObject({ granted: 1, not_due: 1 });
+    expectFast(processed);
+    expect(await statusOf(early, pipeline.test)).toMatchObject({ status: "PROCESSING", attempts: 0 });
+    expect(await statusOf(due, pipeline.test)).toMatchObject({ status: "DONE" });
+  }, 30_000);
 });
 
 describe("processMessages() whose connection is lost at its COMMIT reads the rows again, and grants once:", () => {

@@ -31,7 +31,7 @@ export interface Pipeline extends AsyncDisposable {
   start(
     entry: Entry,
     env?: Record<string, string>,
-    options?: { waitForPort: boolean },
+    options?: Parameters<typeof startService>[2],
   ): Promise<RunningService>;
   /** The test's own connection to the queue. */
   openQueue(): Promise<Queue>;
