@@ -1,4 +1,5 @@
 import { expect, test } from "bun:test";
+import { randomOf } from "./faults_random.ts";
 import { reservationOf, until } from "./harness.ts";
 import {
   countStatuses,
@@ -84,23 +85,12 @@ test.skipIf(!canRestart)(
   300_000,
 );
 
-/** The same numbers for the same seed, from 0 up to 1 (mulberry32). */
-function randomOf(seed: number): () => number {
-  let state = seed;
-  return () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
-
 const seed = Number(Bun.env.FAULTS_SEED ?? 20_290_222);
 
 test(`messages purged, duplicated, reordered and forged at random (FAULTS_SEED=${seed}): 500 reservations are DONE once`, async () => {
   await using pipeline = await openPipeline();
   const random = randomOf(seed);
-  const below = (limit: number) => Math.floor(random() * limit);
+  const { below } = random;
   // So slow that messages wait in the queue, where they can be tampered with.
   const env = {
     ...{ PUBLISH_CHUNK: "1", SCAN_BATCH: "50", QUEUED_RESERVATIONS: "50", LEASE_MS: "1000" },
