@@ -3,6 +3,7 @@ import { connect } from "amqplib";
 import { findReservation } from "../lib/history.ts";
 import { decodeMessage } from "../lib/message.ts";
 import { openQueue, type Queue, QueueError } from "../lib/queue.ts";
+import type { Reservation } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
 import { type ScanOptions, scanAndPublish } from "../scheduler.ts";
 import { processMessages } from "../worker.ts";
@@ -113,12 +114,12 @@ describe("scanAndPublish() publishes", () => {
   test("again, after its lease and not before, what was claimed and never published (fault 9)", async () => {
     const reservation = await insertReservation(db);
     // A scheduler that was killed between its COMMIT and its publish.
-    expect(await claimDue(db.database, { limit: 10, leaseMs: 1_000 })).toHaveLength(1);
+    expect(await claimDue(db.database, { limit: 10, leaseMs: 3_000 })).toHaveLength(1);
     const leaseEnd = (await findReservation(db.database, reservation.id))?.scanAt?.getTime() ?? 0;
     const sleepMs = await scan();
     expect(await queue.depth()).toBe(0);
     expect(sleepMs).toBeGreaterThan(0);
-    expect(sleepMs).toBeLessThanOrEqual(1_000);
+    expect(sleepMs).toBeLessThanOrEqual(3_000);
     await until("it is published", async () => {
       await scan();
       return (await queue.depth()) === 1;
@@ -225,27 +226,33 @@ describe("scanAndPublish() returns", () => {
 });
 
 describe("two scheduler processes", () => {
-  test("publish each of 1,000 rows exactly once between them (fault 10)", async () => {
+  test("publish each of thousands of rows exactly once between them (fault 10)", async () => {
     await using pipeline = await openPipeline();
     const env = { SCAN_INTERVAL_MS: "10", SCAN_BATCH: "20", PUBLISH_CHUNK: "7" };
     const schedulers = [await pipeline.start("scheduler", env), await pipeline.start("scheduler", env)];
     for (const { url } of schedulers) {
       await until("ready", async () => (await fetch(`${url}/ready`)).status === 200);
     }
-    const reservations = Array.from({ length: 1_000 }, () => reservationOf());
-    await insertReservations(pipeline.test, { reservations });
-    await until(
-      "all are claimed",
-      async () => (await countStatuses(pipeline.test)).PROCESSING === reservations.length,
-    );
+    const claims = () =>
+      schedulers.map((scheduler) =>
+        scheduler.log().reduce((sum, { claimed }) => sum + Number(claimed ?? 0), 0),
+      );
+    const reservations: Reservation[] = [];
+    // Again, as one of them may just have slept while the other took all.
+    for (let wave = 1; wave <= 10 && (wave === 1 || Math.min(...claims()) === 0); wave++) {
+      const more = Array.from({ length: 1_000 }, () => reservationOf());
+      reservations.push(...more);
+      await insertReservations(pipeline.test, { reservations: more });
+      await until(
+        "all are claimed",
+        async () => (await countStatuses(pipeline.test)).PROCESSING === reservations.length,
+      );
+    }
     // What is claimed is published before the process ends.
     for (const scheduler of schedulers) expect(await scheduler.kill("SIGTERM")).toBe(0);
     const published = (await takeAll(pipeline.queueName)).flat() as { reservation_id: string }[];
     const ids = published.map(({ reservation_id }) => reservation_id).sort();
     expect(ids).toEqual(reservations.map(({ id }) => id).sort());
-    const claims = schedulers.map((scheduler) =>
-      scheduler.log().reduce((sum, { claimed }) => sum + Number(claimed ?? 0), 0),
-    );
-    expect(Math.min(...claims)).toBeGreaterThan(0);
+    expect(Math.min(...claims())).toBeGreaterThan(0);
   }, 60_000);
 });
