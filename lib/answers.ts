@@ -1,6 +1,6 @@
 import { type Static, Type } from "@sinclair/typebox";
 import type { Holdings, ListedReservation, ListedTransaction, ReservationStory } from "./history.ts";
-import { clientKeyOf, isDirect, PointAmount, UserId } from "./point.ts";
+import { clientKeyOf, kindOf, PointAmount, UserId } from "./point.ts";
 import { Campaign, type Reservation, Status } from "./reservation.ts";
 import type { CampaignCounts, CreateOutcome } from "./reservation_repository.ts";
 
@@ -178,10 +178,9 @@ export const Transactions = Type.Object({
 export function transactionOf(
   entry: ListedTransaction,
 ): Outgoing<Static<typeof Transactions>["transactions"][number]> {
-  const directKind = entry.pointAmount < 0 ? "sub" : "add";
   return {
     transaction_id: entry.id,
-    kind: isDirect(entry.idempotencyKey) ? directKind : "grant",
+    kind: kindOf(entry),
     point: entry.pointAmount,
     reservation_id: entry.reservationId,
     campaign: entry.campaign,

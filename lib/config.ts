@@ -1,5 +1,6 @@
 import { type Static, type TSchema, Type } from "@sinclair/typebox";
 import { Value } from "@sinclair/typebox/value";
+import { isTimeZone } from "./day.ts";
 import { DomainError, showValue } from "./errors.ts";
 
 /** A setting that is a whole number; a default that suits production. */
@@ -52,6 +53,13 @@ export const Settings = Type.Object({
   // Two batches under way and the next ones at hand; what a worker holds is what waits for its lease if it hangs.
   WORKER_PREFETCH: whole(1, 10_000, 10, "most messages in a worker's hands"),
   MAX_ATTEMPTS: whole(1, 100, 10, "failures of its own after which a reservation is FAILED"),
+  // An hour's entries are counted within seconds; sooner than that only the figures of today are.
+  AGGREGATE_INTERVAL_MS: whole(0, 86_400_000, 3_600_000, "how often the daily totals are made; 0: never"),
+  AGGREGATE_TIME_ZONE: Type.String({
+    pattern: "^[A-Z][A-Za-z0-9_+/-]*$",
+    default: "UTC",
+    description: "whose days the totals are of",
+  }),
   ALLOW_LOSSY_DATABASE: Type.Boolean({
     default: false,
     description: "run on a MySQL whose settings lose commits",
@@ -93,7 +101,9 @@ export function readConfig<Name extends keyof Settings>(
 function findFault(name: keyof Settings, value: unknown, text: string | undefined): string | undefined {
   if (value === undefined) return "it is not set";
   const isRight =
-    Value.Check(Settings.properties[name], value) && (!URLS.includes(name) || isUrl(String(text)));
+    Value.Check(Settings.properties[name], value) &&
+    (!URLS.includes(name) || isUrl(String(text))) &&
+    (name !== "AGGREGATE_TIME_ZONE" || isTimeZone(String(value)));
   return isRight ? undefined : showSetting(name, String(text));
 }
 
@@ -129,6 +139,7 @@ function ruleOf(name: keyof Settings): string {
   const schema: TSchema = Settings.properties[name];
   if (name === "DATABASE_URL") return "like mysql://user:password@host:3306/database";
   if (name === "AMQP_URL") return "like amqp://user:password@host:5672";
+  if (name === "AGGREGATE_TIME_ZONE") return "UTC or the name of a time zone like Asia/Tokyo";
   if (schema.type === "integer") return `a whole number from ${schema.minimum} to ${schema.maximum}`;
   if (schema.type === "boolean") return "true or false";
   if (schema.anyOf) return `one of ${schema.anyOf.map((option: TSchema) => option.const).join(", ")}`;

@@ -12,6 +12,7 @@ export type DomainErrorCode =
   | "UNREADABLE_MESSAGE"
   | "INVALID_SETTING"
   | "SCHEMA"
+  | "TIME_ZONE"
   | "CANNOT_LISTEN";
 
 /** One broken rule: the sentence that clients know, and the same told with the rule and the value. */

@@ -108,6 +108,18 @@ export function isDirect(idempotencyKey: string): boolean {
   return idempotencyKey.startsWith(DIRECT);
 }
 
+/** Where an entry came from: a reservation, an addition or a subtraction. */
+export const ENTRY_KINDS = ["grant", "add", "sub"] as const;
+export type EntryKind = (typeof ENTRY_KINDS)[number];
+
+export function kindOf({
+  idempotencyKey,
+  pointAmount,
+}: Pick<PointTransaction, "idempotencyKey" | "pointAmount">): EntryKind {
+  if (!isDirect(idempotencyKey)) return "grant";
+  return pointAmount < 0 ? "sub" : "add";
+}
+
 /** The key as the client knows it. */
 export function clientKeyOf(idempotencyKey: string): string {
   return isDirect(idempotencyKey) ? idempotencyKey.slice(DIRECT.length) : idempotencyKey;

@@ -1,5 +1,6 @@
 import { sql } from "drizzle-orm";
-import { bigint, datetime, int, mysqlTable, varchar } from "drizzle-orm/mysql-core";
+import { bigint, date, datetime, int, mysqlTable, tinyint, varchar } from "drizzle-orm/mysql-core";
+import { ENTRY_KINDS } from "./point.ts";
 import { RESERVATION_STATUSES } from "./reservation.ts";
 
 // The tables as `sql/` makes them; the text keys' binary collation, the checks and the defaults stand there.
@@ -61,7 +62,38 @@ export const pointTransactions = mysqlTable("point_transactions", {
   /** Negative for a subtraction, never 0. */
   pointAmount: int("point_amount").notNull(),
   createdAt: time("created_at").notNull(),
+  /** The generation of totals that hold it; 0 until one does. */
+  aggregatedIn: int("aggregated_in").notNull(),
+});
+
+function whole(name: string) {
+  return bigint(name, { mode: "bigint" });
+}
+
+/** The one row that says which totals count, and by the days of which time zone. */
+export const pointAggregation = mysqlTable("point_aggregation", {
+  id: tinyint("id").primaryKey(),
+  generation: int("generation").notNull(),
+  timeZone: text("time_zone", 64).notNull(),
+  heldUntil: time("held_until").notNull(),
+  finishedAt: time("finished_at"),
+});
+
+/** What the entries of a day, kind and campaign add up to. */
+export const pointDailyTotals = mysqlTable("point_daily_totals", {
+  generation: int("generation").notNull(),
+  day: date("day", { mode: "string" }).notNull(),
+  kind: varchar("kind", { length: 5, enum: ENTRY_KINDS }).notNull(),
+  /** Empty where there is none. */
+  campaign: text("campaign", 64).notNull(),
+  entries: whole("entries").notNull(),
+  points: whole("points").notNull(),
+  users: whole("users").notNull(),
+  lateMsSum: whole("late_ms_sum").notNull(),
+  lateMsMax: whole("late_ms_max").notNull(),
+  updatedAt: time("updated_at").notNull(),
 });
 
 export type BalanceRow = typeof pointRoot.$inferSelect;
 export type LedgerRow = typeof pointTransactions.$inferSelect;
+export type TotalRow = typeof pointDailyTotals.$inferSelect;

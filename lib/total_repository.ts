@@ -1,0 +1,331 @@
+import { and, asc, between, eq, lt, sql } from "drizzle-orm";
+import type { Connection, Database } from "./database.ts";
+import { boundsOf, dayOf } from "./day.ts";
+import { DomainError } from "./errors.ts";
+import { type EntryKind, kindOf } from "./point.ts";
+import { pointAggregation, pointDailyTotals, type TotalRow } from "./schema.ts";
+
+/** How many ledger entries one transaction counts: it holds their totals' rows for as long as it takes, some 0.2 s. */
+const PAGE = 5_000;
+/** Rows that one statement deletes. */
+const DELETE_PAGE = 10_000;
+/** How long a day may take to be set back, in milliseconds: millions of entries are marked in one transaction. */
+const RESET_MS = 600_000;
+
+/** What entries of one day, kind and campaign add up to. */
+interface Sum {
+  day: string;
+  kind: EntryKind;
+  /** Empty where there is none. */
+  campaign: string;
+  entries: number;
+  points: number;
+  userIds: Set<string>;
+  /** Milliseconds from `execute_at` to the entry; 0 where no reservation made it. */
+  lateMsSum: number;
+  lateMsMax: number;
+}
+
+interface Entry {
+  id: string;
+  idempotencyKey: string;
+  userId: string;
+  pointAmount: number;
+  createdAt: Date;
+}
+
+type Promised = { idempotencyKey: string; campaign: string | null; executeAt: Date };
+
+/**
+ * Adds a page of ledger entries that no total holds yet to the totals of their days, and marks them: both in one
+ * transaction, so that each counts once, however late it commits and whatever dies. Those that another one is just counting
+ * are left to it.
+ *
+ * @returns how many were counted; 0 where there is nothing left
+ * @throws {DomainError} TIME_ZONE where the totals are by the days of another zone
+ */
+export function countEntries(
+  database: Database,
+  { timeZone, limit = PAGE }: { timeZone: string; limit?: number },
+): Promise<number> {
+  return database.transaction(async (connection) => {
+    const generation = await holdGeneration(connection, timeZone);
+    const entries = await connection.select<Entry>(
+      `select id, idempotency_key idempotencyKey, user_id userId, point_amount pointAmount, created_at createdAt
+       from point_transactions force index (point_transactions_aggregated)
+       where aggregated_in < ? order by aggregated_in, created_at, id limit ? for update skip locked`,
+      [generation, limit],
+    );
+    if (entries.length === 0) return 0;
+    const promised = await connection.select<Promised>(
+      `select idempotency_key idempotencyKey, campaign, execute_at executeAt
+       from point_reservations where idempotency_key in (?)`,
+      [entries.map(({ idempotencyKey }) => idempotencyKey)],
+    );
+    await addToTotals(connection, generation, addUp(entries, promised, timeZone));
+    await connection.execute("update point_transactions set aggregated_in = ? where id in (?)", [
+      generation,
+      entries.map(({ id }) => id),
+    ]);
+    return entries.length;
+  });
+}
+
+/** The generation that counts, held until the transaction ends: nobody makes the totals anew meanwhile. */
+async function holdGeneration(connection: Connection, timeZone: string): Promise<number> {
+  // Not `for share`, which MariaDB does not know.
+  const [state] = await connection.select<{ generation: number; timeZone: string }>(
+    "select generation, time_zone timeZone from point_aggregation where id = 1 lock in share mode",
+  );
+  if (!state) throw new Error("point_aggregation has lost its row");
+  if (state.timeZone !== timeZone) {
+    throw new DomainError(
+      "TIME_ZONE",
+      `Cannot aggregate by days of ${timeZone} as the totals are by days of ${state.timeZone || "no time zone yet"}: set AGGREGATE_TIME_ZONE to that, or run \`bun run aggregate --rebuild\` once, which makes all totals anew`,
+    );
+  }
+  return state.generation;
+}
+
+/** Sorted as the totals are: two batches that lock rows in different orders deadlock. */
+function addUp(entries: readonly Entry[], promised: readonly Promised[], timeZone: string): Sum[] {
+  const promisedByKey = new Map(promised.map((one) => [one.idempotencyKey, one]));
+  const sums = new Map<string, Sum>();
+  let day = { name: "", from: new Date(0), until: new Date(0) };
+  for (const { idempotencyKey, userId, pointAmount, createdAt } of entries) {
+    // They come in the order of their times.
+    if (createdAt < day.from || createdAt >= day.until) {
+      const name = dayOf(createdAt, timeZone);
+      day = { name, ...boundsOf(name, timeZone) };
+    }
+    const { campaign, executeAt = createdAt } = promisedByKey.get(idempotencyKey) ?? { campaign: null };
+    const names = { day: day.name, kind: kindOf({ idempotencyKey, pointAmount }), campaign: campaign ?? "" };
+    const key = `${names.day} ${names.kind} ${names.campaign}`;
+    const sum = sums.get(key) ?? {
+      ...names,
+      ...{ entries: 0, points: 0, userIds: new Set<string>(), lateMsSum: 0, lateMsMax: 0 },
+    };
+    const lateMs = createdAt.getTime() - executeAt.getTime();
+    sum.entries++;
+    sum.points += pointAmount;
+    sum.userIds.add(userId);
+    sum.lateMsSum += lateMs;
+    sum.lateMsMax = Math.max(sum.lateMsMax, lateMs);
+    sums.set(key, sum);
+  }
+  return [...sums].toSorted(([a], [b]) => (a < b ? -1 : 1)).map(([, sum]) => sum);
+}
+
+async function addToTotals(connection: Connection, generation: number, sums: readonly Sum[]): Promise<void> {
+  // The rows themselves first: whoever holds a total may say which of its users are new.
+  await connection.execute(
+    `insert into point_daily_totals (generation, day, kind, campaign) values ?
+     on duplicate key update generation = values(generation)`,
+    [sums.map(({ day, kind, campaign }) => [generation, day, kind, campaign])],
+  );
+  const known = await findCounted(connection, generation, sums);
+  const fresh = sums.map((sum) => ({
+    ...sum,
+    userIds: [...sum.userIds].filter((userId) => !known.has(nameOf(sum, userId))).toSorted(),
+  }));
+  const users = fresh.flatMap(({ day, kind, campaign, userIds }) =>
+    userIds.map((userId) => [generation, day, kind, campaign, userId]),
+  );
+  if (users.length > 0) {
+    await connection.execute(
+      "insert into point_daily_users (generation, day, kind, campaign, user_id) values ?",
+      [users],
+    );
+  }
+  await connection.execute(
+    `insert into point_daily_totals
+       (generation, day, kind, campaign, entries, points, users, late_ms_sum, late_ms_max) values ?
+     on duplicate key update entries = entries + values(entries), points = points + values(points),
+       users = users + values(users), late_ms_sum = late_ms_sum + values(late_ms_sum),
+       late_ms_max = greatest(late_ms_max, values(late_ms_max))`,
+    [
+      fresh.map(({ day, kind, campaign, entries, points, userIds, lateMsSum, lateMsMax }) => [
+        ...[generation, day, kind, campaign],
+        ...[entries, points, userIds.length, lateMsSum, lateMsMax],
+      ]),
+    ],
+  );
+}
+
+function nameOf({ day, kind, campaign }: Pick<Sum, "day" | "kind" | "campaign">, userId: string): string {
+  return `${day} ${kind} ${campaign} ${userId}`;
+}
+
+/** Which of their users the totals hold already, each by the name of its total and its own. */
+async function findCounted(
+  connection: Connection,
+  generation: number,
+  sums: readonly Sum[],
+): Promise<Set<string>> {
+  // Written out, as MariaDB finds no range in `(a, b) in ((?, ?), …)`.
+  const ofOne = "(generation = ? and day = ? and kind = ? and campaign = ? and user_id in (?))";
+  const rows = await connection.select<{ name: string }>(
+    `select concat_ws(' ', day, kind, campaign, user_id) name from point_daily_users
+     where ${sums.map(() => ofOne).join(" or ")}`,
+    sums.flatMap(({ day, kind, campaign, userIds }) => [generation, day, kind, campaign, [...userIds]]),
+  );
+  return new Set(rows.map(({ name }) => name));
+}
+
+/** How many ledger entries no total holds yet. */
+export async function countWaiting(database: Database): Promise<number> {
+  const [row] = await database.run((connection) =>
+    connection.select<{ entries: number }>(
+      `select count(*) entries from point_transactions
+       where aggregated_in < (select generation from point_aggregation where id = 1)`,
+    ),
+  );
+  return Number(row?.entries ?? 0);
+}
+
+/** Makes a zone the one by whose days totals are, where none was chosen yet. */
+export async function chooseTimeZone(database: Database, timeZone: string): Promise<void> {
+  await database.run(({ execute }) =>
+    execute("update point_aggregation set time_zone = ? where id = 1 and time_zone = ''", [timeZone]),
+  );
+}
+
+/** Makes all totals void, in one step: every entry is to be counted again, by the days of this zone. */
+export async function startGeneration(database: Database, timeZone: string): Promise<void> {
+  await database.run(({ execute }) =>
+    execute("update point_aggregation set generation = generation + 1, time_zone = ? where id = 1", [
+      timeZone,
+    ]),
+  );
+}
+
+/**
+ * Makes the totals of a day void: its entries are to be counted again. One transaction, so that none of them counts twice.
+ *
+ * @throws {DomainError} TIME_ZONE where the totals are by the days of another zone
+ */
+export async function resetDay(database: Database, day: string, timeZone: string): Promise<void> {
+  const { from, until } = boundsOf(day, timeZone);
+  await database.transaction(
+    async (connection) => {
+      const generation = await holdGeneration(connection, timeZone);
+      // The totals first, as the count does: it waits, or is through.
+      for (const table of ["point_daily_totals", "point_daily_users"]) {
+        await connection.execute(`delete from ${table} where generation = ? and day = ?`, [generation, day]);
+      }
+      await connection.execute(
+        `update point_transactions set aggregated_in = 0
+         where aggregated_in = ? and created_at >= ? and created_at < ?`,
+        [generation, from, until],
+      );
+    },
+    { workMs: RESET_MS },
+  );
+}
+
+/** Deletes what is left of totals that do not count any more, a page at a time. */
+export async function deleteOldGenerations(database: Database): Promise<void> {
+  for (const table of ["point_daily_users", "point_daily_totals"]) {
+    let deleted: number;
+    do {
+      ({ affectedRows: deleted } = await database.run(({ execute }) =>
+        execute(
+          `delete from ${table} where generation < (select generation from point_aggregation where id = 1) limit ?`,
+          [DELETE_PAGE],
+        ),
+      ));
+    } while (deleted === DELETE_PAGE);
+  }
+}
+
+/** How long nobody else takes the turn of one who has not been heard of, in milliseconds. */
+const HOLD_MS = 60_000;
+
+/** Takes the turn to aggregate where it is due and nobody else has it: one conditional UPDATE, whoever comes. */
+export async function takeTurn(database: Database, { intervalMs }: { intervalMs: number }): Promise<boolean> {
+  const { affectedRows } = await database.run(({ execute }) =>
+    execute(
+      `update point_aggregation set held_until = now(3) + interval ? microsecond
+       where id = 1 and held_until <= now(3)
+         and (finished_at is null or finished_at <= now(3) - interval ? microsecond)`,
+      [HOLD_MS * 1_000, intervalMs * 1_000],
+    ),
+  );
+  return affectedRows === 1;
+}
+
+/** Keeps the turn for another minute. */
+export async function keepTurn(database: Database): Promise<void> {
+  await database.run(({ execute }) =>
+    execute("update point_aggregation set held_until = now(3) + interval ? microsecond where id = 1", [
+      HOLD_MS * 1_000,
+    ]),
+  );
+}
+
+/** Gives the turn back: all that was there is counted. */
+export async function finishTurn(database: Database): Promise<void> {
+  await database.run(({ execute }) =>
+    execute("update point_aggregation set held_until = now(3), finished_at = now(3) where id = 1"),
+  );
+}
+
+/** What is known of the totals as a whole. */
+export interface Aggregation {
+  generation: number;
+  /** Empty until something was counted. */
+  timeZone: string;
+  /** When the last run had counted all that was there; null before the first. */
+  finishedAt: Date | null;
+}
+
+export async function findAggregation(database: Database): Promise<Aggregation> {
+  const [state] = await database.run(({ drizzle }) => drizzle.select().from(pointAggregation));
+  if (!state) throw new Error("point_aggregation has lost its row");
+  return state;
+}
+
+export interface TotalsOptions {
+  generation: number;
+  /** The first and the last day. */
+  from: string;
+  to: string;
+  campaign?: string | undefined;
+  /** The most rows; one more than that says that there are more. */
+  limit: number;
+}
+
+/** Totals by day, kind and campaign, at most one more than `limit`. */
+export function findTotals(
+  database: Database,
+  { generation, from, to, campaign, limit }: TotalsOptions,
+): Promise<TotalRow[]> {
+  return database.run(({ drizzle }) =>
+    drizzle
+      .select()
+      .from(pointDailyTotals)
+      .where(
+        and(
+          eq(pointDailyTotals.generation, generation),
+          between(pointDailyTotals.day, from, to),
+          campaign === undefined ? undefined : eq(pointDailyTotals.campaign, campaign),
+        ),
+      )
+      .orderBy(asc(pointDailyTotals.day), asc(pointDailyTotals.kind), asc(pointDailyTotals.campaign))
+      .limit(limit + 1),
+  );
+}
+
+/** All points of all users when a day began. */
+export async function findPointsBefore(
+  database: Database,
+  { generation, day }: { generation: number; day: string },
+): Promise<bigint> {
+  const [row] = await database.run(({ drizzle }) =>
+    drizzle
+      .select({ points: sql<bigint>`coalesce(sum(${pointDailyTotals.points}), 0)`.mapWith(BigInt) })
+      .from(pointDailyTotals)
+      .where(and(eq(pointDailyTotals.generation, generation), lt(pointDailyTotals.day, day))),
+  );
+  return row?.points ?? 0n;
+}
