@@ -63,10 +63,10 @@ export function countEntries(
       [entries.map(({ idempotencyKey }) => idempotencyKey)],
     );
     await addToTotals(connection, generation, addUp(entries, promised, timeZone));
-    await connection.execute("update point_transactions set aggregated_in = ? where id in (?)", [
-      generation,
-      entries.map(({ id }) => id),
-    ]);
+    await connection.execute(
+      "update point_transactions force index (primary) set aggregated_in = ? where id in (?)",
+      [generation, entries.map(({ id }) => id)],
+    );
     return entries.length;
   });
 }
@@ -214,7 +214,8 @@ export async function resetDay(database: Database, day: string, timeZone: string
         await connection.execute(`delete from ${table} where generation = ? and day = ?`, [generation, day]);
       }
       await connection.execute(
-        `update point_transactions set aggregated_in = 0
+        // A small table would be read from end to end, and each entry waited for that has not committed.
+        `update point_transactions force index (point_transactions_aggregated) set aggregated_in = 0
          where aggregated_in = ? and created_at >= ? and created_at < ?`,
         [generation, from, until],
       );
