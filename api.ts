@@ -7,18 +7,22 @@ import {
   acceptedOf,
   balanceAtOf,
   balanceOf,
+  balanceOfDay,
   campaignCancelledOf,
   refusedOf,
   reservedOf,
   reservedPointOf,
   standOf,
   storyOf,
+  totalOf,
+  totalsCsv,
   transactionOf,
 } from "./lib/answers.ts";
 import { atRow, type BulkReservation, newBulkReservation } from "./lib/bulk.ts";
 import { atMost, coalesce, OverloadError } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
 import { type Database, DatabaseError, openDatabase } from "./lib/database.ts";
+import { dayRule, newDays } from "./lib/day.ts";
 import { type BrokenRule, DomainError, type DomainErrorCode } from "./lib/errors.ts";
 import {
   findBalanceAt,
@@ -29,7 +33,7 @@ import {
   listTransactions,
   type ReservationStory,
 } from "./lib/history.ts";
-import { HttpError, noRoute, problem, readJson, readQuery } from "./lib/http.ts";
+import { HttpError, noRoute, prefersCsv, problem, readJson, readQuery } from "./lib/http.ts";
 import {
   brokenFieldRules,
   type FieldRules,
@@ -81,6 +85,7 @@ import {
   runService,
   waitForDatabase,
 } from "./lib/service.ts";
+import { findAggregation, findBalances, findTotals } from "./lib/total_repository.ts";
 import { version } from "./package.json" with { type: "json" };
 import { checkDatabase } from "./sql/migrate.ts";
 
@@ -101,6 +106,8 @@ const BULK_MS = 12_000;
 const MAX_CAMPAIGNS = 2;
 /** How long one request may cancel a campaign, in milliseconds: an answer must come before clients give up. */
 const CAMPAIGN_MS = 20_000;
+/** The most daily totals of one answer. */
+const MAX_TOTALS = 10_000;
 /** The most broken rules that one problem explains; it names all of them. */
 const MAX_EXPLAINED = 20;
 /** Requests that wait for their batch; more are refused with 503, since their answers would come too late. */
@@ -354,6 +361,33 @@ export function createApp({ database, logger, reserveBatch, hint = () => {} }: A
         });
       },
       routes.listLedger,
+    )
+    .get(
+      "/point/totals",
+      async ({ request }) => {
+        const rules = { from: dayRule, to: dayRule, campaign: campaignRule };
+        const { campaign, ...query } = parseQuery(request, routes.TotalsQuery, rules);
+        const { generation, timeZone, finishedAt } = await findAggregation(database);
+        const days = newDays(query, { timeZone: timeZone || "UTC" });
+        const found = await findTotals(database, { generation, ...days, campaign, limit: MAX_TOTALS });
+        if (found.length > MAX_TOTALS) {
+          const sentence = `totals must be at most ${MAX_TOTALS}`;
+          throw refused(
+            "Cannot list the totals",
+            sentence,
+            `${sentence}: ask for fewer days, or one campaign`,
+          );
+        }
+        if (prefersCsv(request)) {
+          return new Response(totalsCsv(found), { headers: { "content-type": "text/csv; charset=utf-8" } });
+        }
+        const balances = campaign === undefined && (await findBalances(database, { generation, ...days }));
+        return Response.json({
+          ...{ time_zone: timeZone || null, ...days, aggregated_at: finishedAt, totals: found.map(totalOf) },
+          ...(balances && { balances: balances.map(balanceOfDay) }),
+        });
+      },
+      routes.totals,
     )
     .put("/point/add", ({ request }) => changeBalance(request, 1, "point updated"), routes.add)
     .put("/point/sub", ({ request }) => changeBalance(request, -1, "point subtracted"), routes.sub)

@@ -1,9 +1,12 @@
 import type { Logger } from "pino";
+import { aggregate } from "./lib/aggregate.ts";
+import { findBooksState } from "./lib/book_repository.ts";
 import { readConfig, type Settings } from "./lib/config.ts";
 import { type Database, openDatabase } from "./lib/database.ts";
 import { openAlarm, runLoop, sleep } from "./lib/loop.ts";
 import { decodeHint, encodeMessage } from "./lib/message.ts";
 import { openQueue, type Queue } from "./lib/queue.ts";
+import { describeDifference, reconcile } from "./lib/reconcile.ts";
 import { type ClaimedReservation, claimDue, findNextScan } from "./lib/reservation_repository.ts";
 import {
   aborted,
@@ -14,6 +17,7 @@ import {
   serveHealth,
   waitForDatabase,
 } from "./lib/service.ts";
+import { finishTurn, keepTurn, takeTurn } from "./lib/total_repository.ts";
 import { checkDatabase } from "./sql/migrate.ts";
 
 /** How soon to look again while the queue is deep. */
@@ -24,6 +28,15 @@ const STOP_MS = 5_000;
 const MIN_SLEEP_MS = 20;
 /** How long to gather what is reserved for at once, before one scan takes all of it, in milliseconds. */
 const HINT_MS = 5;
+
+/** How often to ask whether it is time to aggregate, in milliseconds. */
+const TURN_MS = 10_000;
+/** How often to say that the turn is still taken, in milliseconds. */
+const KEEP_TURN_MS = 10_000;
+/** After a failure of the books, in milliseconds: what can only be mended by hand need not be tried every second. */
+const BOOKS_RETRY = { baseMs: 10_000, maxMs: 300_000 };
+/** The most differences that one run logs; it counts all of them. */
+const MAX_LOGGED = 100;
 
 export interface ScanOptions {
   database: Database;
@@ -75,6 +88,60 @@ export async function scanAndPublish({ database, queue, logger, config }: ScanOp
   return { sleepMs: Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, inMs)), nowMs };
 }
 
+export interface BooksOptions {
+  database: Database;
+  logger: Logger;
+  config: Pick<Settings, "AGGREGATE_INTERVAL_MS" | "AGGREGATE_TIME_ZONE" | "LEASE_MS">;
+  signal: AbortSignal;
+}
+
+/**
+ * Where it is time, and no other scheduler is at it: adds what is new in the ledger to the daily totals, then compares what was
+ * changed with what it must agree with. A difference is logged, and the service goes on. A run that dies is done again by
+ * whoever comes a minute later.
+ *
+ * @returns how many milliseconds to sleep before asking again
+ * @throws {DomainError} TIME_ZONE where the totals are by the days of another zone
+ * @throws {DatabaseError}
+ */
+export async function keepBooks({ database, logger, config, signal }: BooksOptions): Promise<number> {
+  const intervalMs = config.AGGREGATE_INTERVAL_MS;
+  const sleepMs = Math.min(intervalMs, TURN_MS);
+  if (!(await takeTurn(database, { intervalMs }))) return sleepMs;
+  const startedAt = performance.now();
+  let keptAt = startedAt;
+  const onPage = async () => {
+    if (performance.now() - keptAt < KEEP_TURN_MS) return;
+    keptAt = performance.now();
+    await keepTurn(database);
+  };
+  const counted = await aggregate(database, { timeZone: config.AGGREGATE_TIME_ZONE, signal, onPage });
+  let logged = 0;
+  const found = await reconcile(database, {
+    ...{ leaseMs: config.LEASE_MS, signal, onPage },
+    onDifference(difference) {
+      if (logged++ < MAX_LOGGED)
+        logger.error({ difference: describeDifference(difference) }, "the books differ");
+    },
+  });
+  if (signal.aborted) return sleepMs;
+  await finishTurn(database);
+  const { users, reservations, entries, days, differences } = found;
+  logger[differences > 0 ? "error" : "info"](
+    {
+      counted,
+      users,
+      reservations,
+      entries,
+      days,
+      differences,
+      tookMs: Math.round(performance.now() - startedAt),
+    },
+    differences > 0 ? "the books differ: `bun run reconcile` names all of it" : "the books agree",
+  );
+  return sleepMs;
+}
+
 function chunk(claimed: readonly ClaimedReservation[], size: number): ClaimedReservation[][] {
   return Array.from({ length: Math.ceil(claimed.length / size) }, (_, index) =>
     claimed.slice(index * size, (index + 1) * size),
@@ -99,6 +166,8 @@ if (import.meta.main) {
         "PUBLISH_CHUNK",
         "PUBLISH_TIMEOUT_MS",
         "QUEUED_RESERVATIONS",
+        "AGGREGATE_INTERVAL_MS",
+        "AGGREGATE_TIME_ZONE",
         "LOG_LEVEL",
       ]),
     async main({ config, logger, signal }) {
@@ -114,6 +183,15 @@ if (import.meta.main) {
         async isReady() {
           await pingDatabase(database);
           return queue?.isReady() ?? false;
+        },
+        async metrics() {
+          const { differences, reconciledAt, aggregatedAt } = await findBooksState(database);
+          const secondsOf = (time: Date | null) => time?.getTime() && time.getTime() / 1_000;
+          return {
+            pointservice_reconcile_differences: differences ?? undefined,
+            pointservice_reconcile_finished_timestamp_seconds: secondsOf(reconciledAt),
+            pointservice_aggregate_finished_timestamp_seconds: secondsOf(aggregatedAt),
+          };
         },
       });
       if (await waitForDatabase(() => checkDatabase(database, config), { signal, logger })) {
@@ -151,8 +229,19 @@ if (import.meta.main) {
           onFailure: (error, retryInMs) =>
             logger.warn({ error: describeError(error), retryInMs }, "scan failed"),
         });
+        // Beside the scans, which never wait for it.
+        const keepingBooks =
+          config.AGGREGATE_INTERVAL_MS > 0 &&
+          runLoop(() => keepBooks({ database, logger, config, signal }), {
+            ...{ signal, ...BOOKS_RETRY },
+            onFailure: (error, retryInMs) =>
+              logger.error({ error: describeError(error), retryInMs }, "the books could not be kept"),
+          });
         // A step that hangs is left to the lease of what it had claimed.
-        await Promise.race([scanning, aborted(signal).then(() => sleep(STOP_MS))]);
+        await Promise.race([
+          Promise.all([scanning, keepingBooks]),
+          aborted(signal).then(() => sleep(STOP_MS)),
+        ]);
       }
       await Promise.all([queue?.close(), database.close(), health.stop()]);
     },

@@ -1,8 +1,8 @@
 import { parseArgs } from "node:util";
 import { readConfig } from "./config.ts";
 import { type Database, openDatabase } from "./database.ts";
-import { parseDay, plusDays } from "./day.ts";
-import { DomainError, ForeseenError } from "./errors.ts";
+import { daysBetween, newDays, parseDay } from "./day.ts";
+import { DomainError, explain, ForeseenError } from "./errors.ts";
 import { openProgress } from "./terminal.ts";
 import {
   chooseTimeZone,
@@ -54,7 +54,7 @@ interface Wanted {
 
 const USAGE = `Usage: bun run aggregate [--from DAY --to DAY | --rebuild]
   adds what is new in the ledger to the daily totals
-  --from DAY --to DAY   makes the totals of these days anew, e.g. where \`bun run reconcile\` found one wrong
+  --from DAY --to DAY   makes the totals of these days (366 at most) anew, e.g. where \`bun run reconcile\` found one wrong
   --rebuild             makes all totals anew, by the days of AGGREGATE_TIME_ZONE`;
 
 /** @throws {DomainError} INVALID_INPUT */
@@ -65,12 +65,11 @@ function readWanted(args: string[]): Wanted {
   });
   const { from, to, rebuild: isRebuild = false } = values;
   if (from === undefined && to === undefined) return { isRebuild };
+  const places = { from: "--from", to: "--to" };
   if (isRebuild) throw new DomainError("INVALID_INPUT", "--rebuild takes no days: it makes all of them anew");
-  const days = { from: parseDay(from, "--from"), to: parseDay(to, "--to") };
-  if (days.from > days.to) {
-    throw new DomainError("INVALID_INPUT", `--from must not be after --to: received ${from} and ${to}`);
-  }
-  return { days, isRebuild };
+  // Both or neither: what is made anew is said in full.
+  for (const [name, place] of Object.entries(places)) parseDay(values[name as "from" | "to"], place);
+  return { days: newDays({ from, to }, { timeZone: "UTC", places }), isRebuild };
 }
 
 if (import.meta.main) {
@@ -78,7 +77,7 @@ if (import.meta.main) {
   try {
     wanted = readWanted(Bun.argv.slice(2));
   } catch (error) {
-    console.error(`${messageOf(error)}\n${USAGE}`);
+    console.error(`${error instanceof DomainError ? explain(error) : (error as Error).message}\n${USAGE}`);
     process.exit(2);
   }
   try {
@@ -88,9 +87,8 @@ if (import.meta.main) {
     const startedAt = performance.now();
     if (wanted.isRebuild) await startGeneration(database, timeZone);
     if (wanted.days) {
-      for (let day = wanted.days.from; day <= wanted.days.to; day = plusDays(day, 1)) {
-        await resetDay(database, day, timeZone);
-      }
+      const { from, to } = wanted.days;
+      for (const day of daysBetween(from, to)) await resetDay(database, day, timeZone);
     }
     let counted: number;
     {
@@ -103,14 +101,7 @@ if (import.meta.main) {
     process.exit(0);
   } catch (error) {
     if (!(error instanceof ForeseenError)) throw error;
-    console.error(error instanceof DomainError ? messageOf(error) : `Cannot aggregate: ${error.message}`);
+    console.error(error instanceof DomainError ? explain(error) : `Cannot aggregate: ${error.message}`);
     process.exit(1);
   }
-}
-
-function messageOf(error: unknown): string {
-  if (error instanceof DomainError) {
-    return [error.message, ...error.brokenRules.map(({ explanation }) => explanation)].join(": ");
-  }
-  return error instanceof Error ? error.message : String(error);
 }

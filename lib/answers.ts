@@ -1,8 +1,10 @@
 import { type Static, Type } from "@sinclair/typebox";
+import { Day } from "./day.ts";
 import type { Holdings, ListedReservation, ListedTransaction, ReservationStory } from "./history.ts";
-import { clientKeyOf, kindOf, PointAmount, UserId } from "./point.ts";
+import { clientKeyOf, ENTRY_KINDS, type EntryKind, kindOf, PointAmount, UserId } from "./point.ts";
 import { Campaign, type Reservation, Status } from "./reservation.ts";
 import type { CampaignCounts, CreateOutcome } from "./reservation_repository.ts";
+import type { TotalRow } from "./schema.ts";
 
 // What goes out over HTTP: for each answer its schema, and the function that makes it.
 
@@ -20,6 +22,12 @@ const Uuid = Type.String({ format: "uuid" });
 const NextCursor = Type.Union([Type.String(), Type.Null()], {
   description: "for the parameter `cursor` of the next page; null on the last one",
 });
+const EntryKindName = Type.Unsafe<EntryKind>(
+  Type.Union(
+    ENTRY_KINDS.map((kind) => Type.Literal(kind)),
+    { description: "`grant` of a reservation, or a direct `add` or `sub`" },
+  ),
+);
 const large = "up to 9223372036854775807, more than some JSON readers take";
 
 function orNull<T extends Parameters<typeof Type.Union>[0][number]>(schema: T, description: string) {
@@ -161,9 +169,7 @@ export const Transactions = Type.Object({
   transactions: Type.Array(
     Type.Object({
       transaction_id: Uuid,
-      kind: Type.Union([Type.Literal("grant"), Type.Literal("add"), Type.Literal("sub")], {
-        description: "`grant` of a reservation, or a direct `add` or `sub`",
-      }),
+      kind: EntryKindName,
       point: Type.Integer({ description: "negative where points were subtracted" }),
       reservation_id: orNull(Uuid, "the reservation it came from; null where it came from none"),
       campaign: orNull(Campaign, "the reservation's"),
@@ -222,6 +228,64 @@ export function balanceAtOf(
 // JSON's numbers have no limit, but JavaScript's have: all digits of a BIGINT go out as they are.
 function digitsOf(points: bigint): number {
   return (JSON as unknown as { rawJSON(text: string): number }).rawJSON(String(points));
+}
+
+export const Totals = Type.Object({
+  time_zone: orNull(Type.String(), "whose days these are; null before anything was counted"),
+  from: Day,
+  to: Day,
+  aggregated_at: orNull(Time, "when a scheduler had last counted all that was there"),
+  totals: Type.Array(
+    Type.Object({
+      day: Day,
+      kind: EntryKindName,
+      campaign: orNull(Campaign, "null where it is of none"),
+      entries: Type.Integer({ description: "of the ledger" }),
+      points: Type.Integer({ description: "their sum; negative for `sub`" }),
+      users: Type.Integer({ description: "how many different ones; of several rows they cannot be added" }),
+      late_ms_mean: orNull(Type.Integer(), "from execute_at to the grant, on average; null but for grants"),
+      late_ms_max: orNull(Type.Integer(), "the worst of them; null but for grants"),
+    }),
+    { description: "by day, kind and campaign" },
+  ),
+  balances: Type.Optional(
+    Type.Array(Type.Object({ day: Day, point_num: Type.Integer({ description: large }) }), {
+      description: "all points of all users at the end of each day; left out where `campaign` is given",
+    }),
+  ),
+});
+type TotalAnswer = Static<typeof Totals>["totals"][number];
+
+export function totalOf(row: TotalRow): TotalAnswer {
+  const isGrant = row.kind === "grant" && row.entries > 0n;
+  return {
+    day: row.day,
+    kind: row.kind,
+    campaign: row.campaign === "" ? null : row.campaign,
+    entries: Number(row.entries),
+    points: digitsOf(row.points),
+    users: Number(row.users),
+    late_ms_mean: isGrant ? Number(row.lateMsSum / row.entries) : null,
+    late_ms_max: isGrant ? Number(row.lateMsMax) : null,
+  };
+}
+
+export function balanceOfDay({ day, pointNum }: { day: string; pointNum: bigint }) {
+  return { day, point_num: digitsOf(pointNum) };
+}
+
+const TOTAL_COLUMNS = [
+  ...(["day", "kind", "campaign", "entries", "points", "users"] as const),
+  ...(["late_ms_mean", "late_ms_max"] as const),
+];
+
+/** The same as CSV (RFC 4180). No value has a comma or a quote in it. */
+export function totalsCsv(rows: readonly TotalRow[]): string {
+  const lines = rows.map((row) => {
+    const total = { ...totalOf(row), points: row.points };
+    return TOTAL_COLUMNS.map((column) => total[column] ?? "").join(",");
+  });
+  return [TOTAL_COLUMNS.join(","), ...lines].map((line) => `${line}\r\n`).join("");
 }
 
 export const CampaignCancelled = Type.Object({

@@ -1,6 +1,6 @@
 import { Type } from "@sinclair/typebox";
-import { showValue } from "./errors.ts";
-import { type FieldRule, LATEST_MS, parseText } from "./input.ts";
+import { type BrokenRule, showValue } from "./errors.ts";
+import { type FieldRule, LATEST_MS, parseText, refuseBroken } from "./input.ts";
 
 /** A day of the calendar; which moments it holds is a question of the time zone. */
 export const Day = Type.String({
@@ -62,4 +62,46 @@ export function boundsOf(day: string, timeZone: string): { from: Date; until: Da
 /** The day some days after another. */
 export function plusDays(day: string, days: number): string {
   return Temporal.PlainDate.from(day).add({ days }).toString();
+}
+
+/** The days from one to another, both included. */
+export function daysBetween(from: string, to: string): string[] {
+  const days: string[] = [];
+  for (let day = from; day <= to; day = plusDays(day, 1)) days.push(day);
+  return days;
+}
+
+/** The most days that are asked for at once: a year. */
+export const MAX_DAYS = 366;
+const DEFAULT_DAYS = 31;
+
+/**
+ * Some days from outside, both included: without an end until today, without a beginning the last 31.
+ *
+ * @throws {DomainError} INVALID_INPUT where they are no days, in the wrong order or more than 366
+ */
+export function newDays(
+  { from, to }: { from?: unknown; to?: unknown },
+  {
+    timeZone,
+    places = { from: "from", to: "to" },
+  }: { timeZone: string; places?: { from: string; to: string } },
+): { from: string; to: string } {
+  const last = to === undefined ? dayOf(new Date(), timeZone) : parseDay(to, places.to);
+  const first = from === undefined ? plusDays(last, 1 - DEFAULT_DAYS) : parseDay(from, places.from);
+  const received = `received ${first} and ${last}`;
+  const broken: BrokenRule[] = [];
+  if (first > last) {
+    broken.push({
+      sentence: "from must not be after to",
+      explanation: `${places.from} must not be after ${places.to}: ${received}`,
+    });
+  } else if (plusDays(first, MAX_DAYS) <= last) {
+    broken.push({
+      sentence: `days must be at most ${MAX_DAYS}`,
+      explanation: `from ${places.from} to ${places.to} must be at most ${MAX_DAYS} days: ${received}`,
+    });
+  }
+  refuseBroken(broken, "range of days");
+  return { from: first, to: last };
 }

@@ -50,3 +50,9 @@ export function showValue(value: unknown): string {
   const text = JSON.stringify(isCut ? value.slice(0, MAX_SHOWN) : value) ?? String(value);
   return isCut || text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text;
 }
+
+/** A DomainError in one line: its message, and each broken rule with its value. */
+export function explain({ message, brokenRules }: DomainError): string {
+  const rules = brokenRules.map(({ explanation }) => explanation).join("; ");
+  return rules ? `${message}: ${rules}` : message;
+}

@@ -19,6 +19,8 @@ export interface Answer<Schema extends TSchema = TSchema> {
   /** What its headers say, by name. */
   headers?: Record<string, string>;
   examples: Record<string, Example>;
+  /** The media type in which the same comes as text, where the header Accept prefers it. */
+  alsoAs?: string;
 }
 
 /** Describes an answer. A request and its answer have one name, as OpenAPI wants it. */
@@ -102,10 +104,13 @@ export function describe<
       },
     }),
     responses: Object.fromEntries(
-      Object.entries(answers).map(([status, { schema, description, headers, examples }]) => {
+      Object.entries(answers).map(([status, { schema, description, headers, examples, alsoAs }]) => {
         const type = Number(status) < 400 ? "application/json" : "application/problem+json";
         const shown = valuesOf(Object.entries(examples), (one) => one.answer);
-        const content = { [type]: { schema, ...(shown && { examples: shown }) } };
+        const content = {
+          [type]: { schema, ...(shown && { examples: shown }) },
+          ...(alsoAs && { [alsoAs]: { schema: { type: "string" } } }),
+        };
         return [status, { description, ...(headers && { headers: headersOf(headers) }), content }];
       }),
     ),

@@ -9,9 +9,11 @@ import {
   ReservedPoints,
   StandsProblem,
   Story,
+  Totals,
   Transactions,
 } from "./answers.ts";
 import { BulkReservationInput } from "./bulk.ts";
+import { Day, MAX_DAYS } from "./day.ts";
 import { IdempotencyKey, Time } from "./input.ts";
 import { answer, describe, refusal } from "./openapi.ts";
 import { Cursor, encodeCursor, Limit } from "./page.ts";
@@ -84,6 +86,11 @@ export const ReservedPointsQuery = Type.Object({
 });
 export const KeyQuery = Type.Object({ idempotency_key: IdempotencyKey });
 export const ConfirmQuery = Type.Object({ user_id: UserId });
+export const TotalsQuery = Type.Object({
+  from: Type.Optional({ ...Day, description: "the first day; without it the 31 days until `to`" }),
+  to: Type.Optional({ ...Day, description: "the last day; without it today" }),
+  campaign: Type.Optional(Campaign),
+});
 export const TransactionsQuery = Type.Object(Paging);
 
 const REPLAYED = { "Idempotent-Replayed": "`true` where the same request came before; else left out" };
@@ -678,6 +685,63 @@ export const listLedger = describe({
         query: { cursor: "2" },
         errors: ["cursor is invalid format"],
         detail: 'The query breaks a rule: cursor must be the next_cursor of another page: received "2"',
+      },
+    }),
+    ...UNAVAILABLE,
+  },
+});
+
+export const totals = describe({
+  summary: "How many points were issued on which day",
+  description: `The ledger by day, kind and campaign, and what all users had in the end of each day, for at most ${MAX_DAYS} days. A day is one of \`time_zone\`. The schedulers count what is new every hour; \`bun run aggregate\` does so at once. As CSV where the header Accept prefers text/csv: the same columns as \`totals\`, with a first line of their names.`,
+  query: TotalsQuery,
+  answers: {
+    200: {
+      alsoAs: "text/csv",
+      ...answer(Totals, "The totals", {
+        "two days": {
+          query: { from: "2026-01-31", to: "2026-02-01" },
+          answer: {
+            ...{ time_zone: "Asia/Tokyo", from: "2026-01-31", to: "2026-02-01", aggregated_at: NOW },
+            totals: [
+              {
+                ...{ day: "2026-02-01", kind: "grant", campaign: "summer-2029" },
+                ...{ entries: 1, points: 100, users: 1, late_ms_mean: 0, late_ms_max: 0 },
+              },
+              {
+                ...{ day: "2026-02-01", kind: "sub", campaign: null },
+                ...{ entries: 1, points: -20, users: 1, late_ms_mean: null, late_ms_max: null },
+              },
+            ],
+            balances: [
+              { day: "2026-01-31", point_num: 50 },
+              { day: "2026-02-01", point_num: 130 },
+            ],
+          },
+        },
+        "one campaign": {
+          query: { from: "2026-01-31", to: "2026-02-01", campaign: "winter-2029" },
+          answer: {
+            ...{ time_zone: "Asia/Tokyo", from: "2026-01-31", to: "2026-02-01", aggregated_at: NOW },
+            totals: [],
+          },
+        },
+      }),
+    },
+  },
+  refusals: {
+    400: refusal("Broken rules, or more than 10000 totals", {
+      "no day": {
+        query: { from: "31.1.2026" },
+        errors: ["from must be a day like 2026-01-31"],
+        detail:
+          'The query breaks a rule: from must be a day like 2026-01-31, from 1970 to 9999: received "31.1.2026"',
+      },
+      "the wrong order": {
+        query: { from: "2026-02-02", to: "2026-02-01" },
+        errors: ["from must not be after to"],
+        detail:
+          "The range of days breaks a rule: from must not be after to: received 2026-02-02 and 2026-02-01",
       },
     }),
     ...UNAVAILABLE,

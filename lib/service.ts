@@ -128,20 +128,26 @@ export interface HealthOptions {
   logger: Logger;
   /** Whether the process can do its work now. */
   isReady: () => Promise<boolean>;
+  /** Figures for a monitoring system by their names; undefined where one is not known yet. Without it there are none. */
+  metrics?: () => Promise<Record<string, number | undefined>>;
 }
 
 /**
- * Serves `/health` (200: the process lives) and `/ready` (200 or 503).
+ * Serves `/health` (200: the process lives), `/ready` (200 or 503) and, where there are any, `/metrics` in the text format of
+ * Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
  *
  * @throws {DomainError} CANNOT_LISTEN where the port is taken
  */
-export function serveHealth({ hostname, port, logger, isReady }: HealthOptions): { stop(): Promise<void> } {
+export function serveHealth({ hostname, port, logger, isReady, metrics }: HealthOptions): {
+  stop(): Promise<void>;
+} {
   const server = listen({
     hostname,
     port,
     async fetch(request) {
       const { pathname } = new URL(request.url);
       if (pathname === "/health") return Response.json({ messages: ["ok"] });
+      if (pathname === "/metrics" && metrics) return showMetrics(metrics);
       if (pathname !== "/ready")
         return problem(404, "There are /health and /ready", { errors: ["route not found"] });
       return (await isReadyInTime(isReady))
@@ -152,6 +158,17 @@ export function serveHealth({ hostname, port, logger, isReady }: HealthOptions):
   });
   logger.info({ url: server.url.href }, "health is served");
   return { stop: () => server.stop(true) };
+}
+
+/** Gauges; 503 where they cannot be read in time. */
+async function showMetrics(metrics: NonNullable<HealthOptions["metrics"]>): Promise<Response> {
+  const late = () => new Error("late");
+  const values = await withDeadline(metrics(), READY_MS, late).catch(() => undefined);
+  if (!values) return problem(503, "MySQL does not answer", { errors: ["metrics are unavailable"] });
+  const lines = Object.entries(values)
+    .filter(([, value]) => value !== undefined)
+    .map(([name, value]) => `# TYPE ${name} gauge\n${name} ${value}\n`);
+  return new Response(lines.join(""), { headers: { "content-type": "text/plain; version=0.0.4" } });
 }
 
 export interface ListenOptions {

@@ -1,9 +1,9 @@
 import { and, asc, between, eq, lt, sql } from "drizzle-orm";
 import type { Connection, Database } from "./database.ts";
-import { boundsOf, dayOf } from "./day.ts";
+import { boundsOf, dayOf, daysBetween } from "./day.ts";
 import { DomainError } from "./errors.ts";
 import { type EntryKind, kindOf } from "./point.ts";
-import { pointAggregation, pointDailyTotals, type TotalRow } from "./schema.ts";
+import { pointAggregation, type TotalRow, pointDailyTotals as totals } from "./schema.ts";
 
 /** How many ledger entries one transaction counts: it holds their totals' rows for as long as it takes, some 0.2 s. */
 const PAGE = 5_000;
@@ -276,7 +276,7 @@ export interface Aggregation {
   generation: number;
   /** Empty until something was counted. */
   timeZone: string;
-  /** When the last run had counted all that was there; null before the first. */
+  /** When a scheduler's run had last counted all that was there; null before the first. */
   finishedAt: Date | null;
 }
 
@@ -304,29 +304,44 @@ export function findTotals(
   return database.run(({ drizzle }) =>
     drizzle
       .select()
-      .from(pointDailyTotals)
+      .from(totals)
       .where(
         and(
-          eq(pointDailyTotals.generation, generation),
-          between(pointDailyTotals.day, from, to),
-          campaign === undefined ? undefined : eq(pointDailyTotals.campaign, campaign),
+          eq(totals.generation, generation),
+          between(totals.day, from, to),
+          campaign === undefined ? undefined : eq(totals.campaign, campaign),
         ),
       )
-      .orderBy(asc(pointDailyTotals.day), asc(pointDailyTotals.kind), asc(pointDailyTotals.campaign))
+      .orderBy(asc(totals.day), asc(totals.kind), asc(totals.campaign))
       .limit(limit + 1),
   );
 }
 
-/** All points of all users when a day began. */
-export async function findPointsBefore(
+/** All points of all users at the end of each of some days, by the totals. */
+export async function findBalances(
   database: Database,
-  { generation, day }: { generation: number; day: string },
-): Promise<bigint> {
-  const [row] = await database.run(({ drizzle }) =>
-    drizzle
-      .select({ points: sql<bigint>`coalesce(sum(${pointDailyTotals.points}), 0)`.mapWith(BigInt) })
-      .from(pointDailyTotals)
-      .where(and(eq(pointDailyTotals.generation, generation), lt(pointDailyTotals.day, day))),
-  );
-  return row?.points ?? 0n;
+  { generation, from, to }: Pick<TotalsOptions, "generation" | "from" | "to">,
+): Promise<{ day: string; pointNum: bigint }[]> {
+  const points = sql<bigint>`coalesce(sum(${totals.points}), 0)`.mapWith(BigInt);
+  const [[before], changes] = await Promise.all([
+    database.run(({ drizzle }) =>
+      drizzle
+        .select({ points })
+        .from(totals)
+        .where(and(eq(totals.generation, generation), lt(totals.day, from))),
+    ),
+    database.run(({ drizzle }) =>
+      drizzle
+        .select({ day: totals.day, points })
+        .from(totals)
+        .where(and(eq(totals.generation, generation), between(totals.day, from, to)))
+        .groupBy(totals.day),
+    ),
+  ]);
+  const changeByDay = new Map(changes.map((change) => [change.day, change.points]));
+  let pointNum = before?.points ?? 0n;
+  return daysBetween(from, to).map((day) => {
+    pointNum += changeByDay.get(day) ?? 0n;
+    return { day, pointNum };
+  });
 }

@@ -57,7 +57,9 @@ create table if not exists point_reconciliations (
   differences bigint not null,
   primary key (id),
   -- findLastClean(): since when everything agreed
-  key point_reconciliations_clean (differences, started_at)
+  key point_reconciliations_clean (differences, started_at),
+  -- findBooksState(): how the last run ended
+  key point_reconciliations_finished (finished_at)
 ) engine = InnoDB default character set ascii collate ascii_bin;
 
 create table if not exists point_repairs (

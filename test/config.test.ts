@@ -41,6 +41,8 @@ describe("readConfig() gives", () => {
       WORKER_PREFETCH: 10,
       WORKER_TRANSACTIONS: 2,
       MAX_ATTEMPTS: 10,
+      AGGREGATE_INTERVAL_MS: 3_600_000,
+      AGGREGATE_TIME_ZONE: "UTC",
       ALLOW_LOSSY_DATABASE: false,
       LOG_LEVEL: "info",
     });
@@ -62,6 +64,9 @@ describe("readConfig() gives", () => {
     ["HOST", "::1", "::1"],
     ["PORT", "0", 0],
     ["PORT", "65535", 65_535],
+    ["AGGREGATE_INTERVAL_MS", "0", 0],
+    ["AGGREGATE_TIME_ZONE", "Asia/Tokyo", "Asia/Tokyo"],
+    ["AGGREGATE_TIME_ZONE", "America/Argentina/Buenos_Aires", "America/Argentina/Buenos_Aires"],
     ["LEASE_MS", "1000", 1_000],
     ["LEASE_MS", "86400000", 86_400_000],
     ["PUBLISH_CHUNK", "1", 1],
@@ -75,6 +80,8 @@ describe("readConfig() gives", () => {
 
 describe("readConfig() refuses, in one line with variable, rule and value,", () => {
   const port = "Cannot start as PORT must be a whole number from 0 to 65535: received";
+  const timeZone =
+    "Cannot start as AGGREGATE_TIME_ZONE must be UTC or the name of a time zone like Asia/Tokyo: received";
   const lease = "Cannot start as LEASE_MS must be a whole number from 1000 to 86400000: received";
   const lossy = "Cannot start as ALLOW_LOSSY_DATABASE must be true or false: received";
 
@@ -90,6 +97,11 @@ describe("readConfig() refuses, in one line with variable, rule and value,", () 
     ["PORT", "http", `${port} "http"`],
     ["PORT", "NaN", `${port} "NaN"`],
     ["PORT", "9007199254740993", `${port} "9007199254740993"`],
+    ...["Asia/Tky", "asia/tokyo", "JST", "+09:00", "Asia/", "UTC+9"].map((zone): [Name, string, string] => [
+      "AGGREGATE_TIME_ZONE",
+      zone,
+      `${timeZone} ${JSON.stringify(zone)}`,
+    ]),
     ["LEASE_MS", "999", `${lease} "999"`],
     ["LEASE_MS", "86400001", `${lease} "86400001"`],
     ["ALLOW_LOSSY_DATABASE", "yes", `${lossy} "yes"`],

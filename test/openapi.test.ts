@@ -2,6 +2,7 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from "bun:tes
 import { type TSchema, Type } from "@sinclair/typebox";
 import { Value, ValuePointer } from "@sinclair/typebox/value";
 import { createApp } from "../api.ts";
+import { aggregate } from "../lib/aggregate.ts";
 import { type Database, DatabaseError, openDatabase } from "../lib/database.ts";
 import { reconcile } from "../lib/point_repository.ts";
 import { appOn } from "./api_client.ts";
@@ -71,6 +72,7 @@ const withBody = byTitle.filter(([, { body }]) => body);
 /** What must look how, where a schema says nothing but a format's name. */
 const FORMATS: Record<string, string> = {
   uuid: "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$",
+  date: String.raw`^\d{4}-\d\d-\d\d$`,
   "date-time": String.raw`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,3})?(Z|[+-]\d\d:\d\d)$`,
 };
 
@@ -189,7 +191,12 @@ const ENTRIES = [
   [SUBTRACTION, "direct:refund-7", -20, LATER],
 ].map((row) => [...row, "TestUser01"]);
 const BALANCES = [["TestUser01", 130, NEW_YEAR, LATER]];
-const TABLES = ["point_reservations", "point_transactions", "point_root"];
+const TOTALS = [
+  ["2026-01-01", "add", "", 1, 50],
+  ["2026-02-01", "grant", "summer-2029", 1, 100],
+  ["2026-02-01", "sub", "", 1, -20],
+].map((row) => [...row, 1, 1]);
+const TABLES = ["point_reservations", "point_transactions", "point_root", "point_daily_totals"];
 
 /** Values that the service makes anew, by their first place in the answer. Everything else must be as documented. */
 const MADE: Record<string, string[]> = {
@@ -205,6 +212,7 @@ const MADE: Record<string, string[]> = {
 const BEYOND_SCHEMA = [
   'POST /point/reserve/bulk: "one of three is refused"',
   'GET /users/{user_id}/transactions: "a cursor that is none"',
+  'GET /point/totals: "the wrong order"',
   'PUT /point/sub: "more than there are"',
   'PUT /point/sub: "an unknown user"',
   'GET /point/confirm: "an unknown user"',
@@ -234,6 +242,13 @@ async function seed(): Promise<void> {
     await connection.execute("insert into point_root (user_id, point_num, created_at, updated_at) values ?", [
       BALANCES,
     ]);
+    await connection.execute(
+      "insert into point_daily_totals (day, kind, campaign, entries, points, users, generation) values ?",
+      [TOTALS],
+    );
+    await connection.execute(
+      "update point_aggregation set time_zone = 'Asia/Tokyo', finished_at = '2026-02-01 00:00:00'",
+    );
   });
 }
 
@@ -264,6 +279,12 @@ describe("the examples:", () => {
 
   test("the state that they start from is one that the service can be in", async () => {
     expect(await reconcile(db.database)).toMatchObject({ balances: 130n, agree: true });
+    const totals = () =>
+      db.query("select day, kind, campaign, entries, points from point_daily_totals order by 1, 2");
+    const documented = await totals();
+    await db.query("delete from point_daily_totals");
+    await aggregate(db.database, { timeZone: "Asia/Tokyo" });
+    expect(await totals()).toEqual(documented);
   });
 
   test.each(examples.map((example) => [example.title, example.status, example] as const))(
@@ -395,6 +416,7 @@ describe("the description", () => {
       "GET /users/{user_id}/points": [user, "query at"],
       "GET /users/{user_id}/reserved-points": [user, "query status", "query campaign", ...paging],
       "GET /users/{user_id}/transactions": [user, ...paging],
+      "GET /point/totals": ["query from", "query to", "query campaign"],
       "PUT /point/add": [key],
       "PUT /point/sub": [key],
       "GET /point/confirm": ["query user_id"],
@@ -428,7 +450,9 @@ describe("the description", () => {
     });
 
     test("has an example of each answer but those to any body, or any request, alike", () => {
-      const without = rest.answers.filter(({ examples }) => !examples).map(({ status }) => status);
+      const without = rest.answers
+        .filter(({ examples, type }) => !examples && type !== "text/csv")
+        .map(({ status }) => status);
       expect(without.filter((status) => ![408, 413, 415, 500, 503].includes(status))).toEqual([]);
       expect(rest.answers.some(({ status }) => status < 300)).toBe(true);
     });

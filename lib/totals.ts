@@ -1,0 +1,91 @@
+import { parseArgs } from "node:util";
+import { totalOf } from "./answers.ts";
+import { readConfig, type Settings } from "./config.ts";
+import { openDatabase } from "./database.ts";
+import { daysBetween, newDays } from "./day.ts";
+import { DomainError, explain, ForeseenError } from "./errors.ts";
+import { parseCampaign } from "./reservation.ts";
+import type { TotalRow } from "./schema.ts";
+import { drawBars } from "./terminal.ts";
+import { findAggregation, findBalances, findTotals } from "./total_repository.ts";
+
+/** The most totals of one table. */
+const MAX_TOTALS = 10_000;
+
+const USAGE = `Usage: bun run totals [--from DAY] [--to DAY] [--campaign NAME]
+  the daily totals as a table, and the points of each day as bars; the last 31 days unless told otherwise`;
+
+function readWanted(args: string[]) {
+  const text = { type: "string" } as const;
+  return parseArgs({ args, options: { from: text, to: text, campaign: text } }).values;
+}
+
+/** What came in on each day, and what went out. */
+function pointsByDay(rows: readonly TotalRow[], days: readonly string[]) {
+  const sums = new Map(days.map((day) => [day, { came: 0n, went: 0n }]));
+  for (const { day, points } of rows) {
+    const sum = sums.get(day);
+    if (sum) sum[points > 0n ? "came" : "went"] += points;
+  }
+  return [...sums].map(([day, sum]) => ({ day, ...sum }));
+}
+
+/** The table and the bars. */
+export function showTotals(
+  rows: readonly TotalRow[],
+  { days, balances }: { days: readonly string[]; balances: readonly { day: string; pointNum: bigint }[] },
+): string {
+  const table = rows.map((row) => ({ ...totalOf(row), points: String(row.points), campaign: row.campaign }));
+  const bars = pointsByDay(rows, days).map(({ day, came }) => ({ label: day, value: came }));
+  const last = balances.at(-1);
+  return [
+    Bun.inspect.table(table),
+    "Points granted and added by day",
+    drawBars(bars),
+    ...(last ? ["", `All points of all users at the end of ${last.day}: ${last.pointNum}`] : []),
+  ].join("\n");
+}
+
+async function main(
+  { from, to, campaign }: ReturnType<typeof readWanted>,
+  { DATABASE_URL }: Pick<Settings, "DATABASE_URL">,
+): Promise<void> {
+  const database = openDatabase(DATABASE_URL);
+  const { generation, timeZone } = await findAggregation(database);
+  const places = { from: "--from", to: "--to" };
+  const days = newDays({ from, to }, { timeZone: timeZone || "UTC", places });
+  const wanted = {
+    generation,
+    ...days,
+    campaign: campaign === undefined ? undefined : parseCampaign(campaign),
+  };
+  const rows = await findTotals(database, { ...wanted, limit: MAX_TOTALS });
+  const balances = campaign === undefined ? await findBalances(database, wanted) : [];
+  await database.close();
+  if (rows.length > MAX_TOTALS) {
+    throw new DomainError(
+      "INVALID_INPUT",
+      `These are more than ${MAX_TOTALS} totals: ask for fewer days, or one campaign`,
+    );
+  }
+  console.log(showTotals(rows, { days: daysBetween(days.from, days.to), balances }));
+  console.log(timeZone ? `Days of ${timeZone}` : "Nothing was counted yet: `bun run aggregate` does");
+}
+
+if (import.meta.main) {
+  let wanted: ReturnType<typeof readWanted>;
+  try {
+    wanted = readWanted(Bun.argv.slice(2));
+  } catch (error) {
+    console.error(`${(error as Error).message}\n${USAGE}`);
+    process.exit(2);
+  }
+  try {
+    await main(wanted, readConfig(Bun.env, ["DATABASE_URL"]));
+    process.exit(0);
+  } catch (error) {
+    if (!(error instanceof ForeseenError)) throw error;
+    console.error(error instanceof DomainError ? explain(error) : `Cannot read the totals: ${error.message}`);
+    process.exit(1);
+  }
+}
