@@ -209,7 +209,7 @@ export async function findBalance(database: Database, userId: string): Promise<B
 }
 
 /** Sums that must agree, and counts that must be 0: reservations and direct changes make the ledger, the ledger the balances. */
-export interface Reconciliation {
+export interface Sums {
   /** What reservations that are DONE have granted. */
   reservations: bigint;
   /** What was added and subtracted without a reservation. */
@@ -230,8 +230,8 @@ export interface Reconciliation {
  *
  * @param options.workMs how long that may take, in milliseconds
  */
-export async function reconcile(database: Database, options?: { workMs: number }): Promise<Reconciliation> {
-  type Row = Record<Exclude<keyof Reconciliation, "agree">, string | number>;
+export async function compareSums(database: Database, options?: { workMs: number }): Promise<Sums> {
+  type Row = Record<Exclude<keyof Sums, "agree">, string | number>;
   // One statement, hence one snapshot: a grant between two statements would look like a difference.
   const [row] = await database.run(
     (connection) =>

@@ -2,7 +2,7 @@ import { afterAll, beforeAll, describe, expect, spyOn, test } from "bun:test";
 import { pino } from "pino";
 import { type Database, openDatabase } from "../lib/database.ts";
 import { freePorts } from "../lib/dev/servers.ts";
-import { findBalance, reconcile } from "../lib/point_repository.ts";
+import { compareSums, findBalance } from "../lib/point_repository.ts";
 import { RESERVATION_STATUSES, type Reservation, type ReservationStatus } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
 import { appOn, bodyOf, expectProblem, post } from "./api_client.ts";
@@ -944,7 +944,7 @@ describe("where MySQL is away,", () => {
 });
 
 test("ledger, balances and reservations agree after all of the above", async () => {
-  const sums = await reconcile(db.database);
+  const sums = await compareSums(db.database);
   expect(sums).toMatchObject({ usersApart: 0, reservationsApart: 0, early: 0, agree: true });
   expect(sums.ledger).toBeGreaterThan(1_000n);
 });

@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { v7 as uuidv7 } from "uuid";
 import type { Database } from "../lib/database.ts";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import type { Reservation } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
 import { appOn, bodyOf, expectProblem, post, type Send } from "./api_client.ts";
@@ -717,7 +717,7 @@ describe("PUT /point/add and /point/sub under load:", () => {
         [user],
       );
       expect(balance?.points).toBe(String(granted + direct));
-      expect(await reconcile(fresh.database)).toEqual({
+      expect(await compareSums(fresh.database)).toEqual({
         ...{ reservations: BigInt(granted), direct: BigInt(direct) },
         ...{ ledger: BigInt(granted + direct), balances: BigInt(granted + direct) },
         ...{ usersApart: 0, reservationsApart: 0, early: 0, agree: true },

@@ -1,7 +1,7 @@
 import { expect } from "bun:test";
 import { openDatabase } from "../lib/database.ts";
 import { decodeMessage, encodeMessage } from "../lib/message.ts";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
 import { processMessages } from "../worker.ts";
 import { type Fill, fill } from "./bench_fill.ts";
@@ -151,7 +151,7 @@ export async function expectGranted(
   const counts = Object.fromEntries(Object.entries(row ?? {}).map(([name, value]) => [name, Number(value)]));
   const done = count + finished;
   expect(counts).toEqual({ done, pending: future, reservations: done + future, entries: done });
-  expect(await reconcile(test.database, { workMs: RECONCILE_MS })).toMatchObject({
+  expect(await compareSums(test.database, { workMs: RECONCILE_MS })).toMatchObject({
     ...{ usersApart: 0, reservationsApart: 0, early: 0, agree: true },
   });
 }

@@ -1,7 +1,7 @@
 import { expect } from "bun:test";
 import { join } from "node:path";
 import autocannon from "autocannon";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import { startUsage, type Usages } from "./bench_usage.ts";
 import { until } from "./harness.ts";
 import { openPipeline } from "./pipeline.ts";
@@ -81,7 +81,7 @@ async function expectReserved(
   expect(count).toBeGreaterThan(0);
   expect(Number(row?.pending)).toBeGreaterThanOrEqual(count);
   expect(Number(row?.others)).toBe(0);
-  expect(await reconcile(database, { workMs: 600_000 })).toMatchObject({ agree: true, ledger: 0n });
+  expect(await compareSums(database, { workMs: 600_000 })).toMatchObject({ agree: true, ledger: 0n });
 }
 
 type Generator = (url: string, options: { connections: number; seconds: number }) => Promise<Load>;

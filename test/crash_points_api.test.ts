@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { changePoints, reconcile } from "../lib/point_repository.ts";
+import { changePoints, compareSums } from "../lib/point_repository.ts";
 import { bodyOf, post } from "./api_client.ts";
 import {
   BEGIN,
@@ -315,7 +315,7 @@ describe("api.ts killed in the middle of a request: the same again, at the next 
   );
 
   test("ledger and balances agree after all of the above", async () => {
-    const sums = await reconcile(pipeline.test.database);
+    const sums = await compareSums(pipeline.test.database);
     expect(sums).toMatchObject({ usersApart: 0, reservationsApart: 0, early: 0, agree: true });
     expect(sums.ledger).toBeGreaterThan(0n);
   });

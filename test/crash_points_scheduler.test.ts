@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import { cancelReservation } from "../lib/reservation_repository.ts";
 import {
   after,
@@ -126,7 +126,7 @@ describe("scheduler.ts stopped past its lease, then resumed", () => {
     await until("the stale message comes", () => processedBy(worker).length > 1);
     expect(processedBy(worker).slice(1)).toMatchObject([{ over: 3 }]);
     expect(await countStatuses(test)).toEqual(ended);
-    expect(await reconcile(test.database)).toMatchObject({ ledger: 200n, agree: true });
+    expect(await compareSums(test.database)).toMatchObject({ ledger: 200n, agree: true });
   }, 60_000);
 
   test("goes on where it still holds the rows that it was about to claim: all are granted once (fault 16)", async () => {

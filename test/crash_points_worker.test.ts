@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { v7 as uuidv7 } from "uuid";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import type { Queue } from "../lib/queue.ts";
 import type { Reservation } from "../lib/reservation.ts";
 import {
@@ -131,7 +131,7 @@ async function killAndGoOn(
 }
 
 async function expectAgreement() {
-  const sums = await reconcile(pipeline.test.database);
+  const sums = await compareSums(pipeline.test.database);
   expect(sums).toMatchObject({ usersApart: 0, reservationsApart: 0, early: 0, agree: true });
 }
 

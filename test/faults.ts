@@ -18,7 +18,14 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { Settings } from "../lib/config.ts";
 import { install, mustInstall } from "../lib/dev/install.ts";
-import { findViolations, installWitness, readTables, type Violation } from "./faults_check.ts";
+import {
+  compareAllTheTime,
+  compareBooks,
+  findViolations,
+  installWitness,
+  readTables,
+  type Violation,
+} from "./faults_check.ts";
 import { openClient } from "./faults_client.ts";
 import { KINDS, type Planned, planApart, planFaults } from "./faults_kinds.ts";
 import { randomOf } from "./faults_random.ts";
@@ -188,6 +195,7 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
       const { calls, tries } = client.counts;
       progress(`${client.reservations.length} reservations, ${calls} calls in ${tries} tries`);
     }, 10_000);
+    const comparing = compareAllTheTime(world.test, { leaseMs });
     const calling = client.run({ untilMs, lastMs: LAST_ANSWERS_MS });
     const struck = await strikeAll(world, plan, client);
     await Bun.sleep(Math.max(0, untilMs - Date.now()));
@@ -198,6 +206,8 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
     const violations: Violation[] = [];
     violations.push(...(await untilAtRest(world, leaseMs + 2 * scanMs)));
     violations.push(...(await sendStale(world, client)));
+    const compared = await comparing.end();
+    violations.push(...compared.violations, ...(await compareBooks(world.test, { leaseMs })));
     const { tables, agree } = await readTables(world.test);
     violations.push(...findViolations(client, tables));
     for (const node of world.nodes) node.findLies();
@@ -235,6 +245,7 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
       granted: tables.entries.length - client.changes.filter(({ outcome }) => outcome === "changed").length,
       cancelled: tables.rows.filter(({ status }) => status === "CANCELLED").length,
       ...{ calls: client.counts.calls, retries: client.counts.tries - client.counts.calls, deadlocks },
+      ...{ reconciliations: compared.runs, ledger_entries: tables.entries.length },
       // Of the time between due and granted, only that in which nothing was broken.
       slowest_recovery_ms: recovery.slowestMs,
       violations: violations.length,

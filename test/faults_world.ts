@@ -75,7 +75,8 @@ export async function openWorld(settings: Record<string, string>): Promise<World
   const restartable = await openRestartable();
   const test = await createTestDatabase({ server: restartable.databaseUrl });
   const queueName = uniqueName("faults");
-  const env = { LEASE_MS: "5000", SCAN_INTERVAL_MS: "2000", ...SMALL, ...settings, QUEUE: queueName };
+  const own = { LEASE_MS: "5000", SCAN_INTERVAL_MS: "2000", AGGREGATE_INTERVAL_MS: "5000" };
+  const env = { ...own, ...SMALL, ...settings, QUEUE: queueName };
   const misdeeds: string[] = [];
   const lives: Record<string, unknown>[][] = [];
   let isClosing = false;

@@ -1,5 +1,5 @@
 import { expect, test } from "bun:test";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import { insertReservation, until } from "./harness.ts";
 import {
   expectAllDoneOnce,
@@ -171,7 +171,7 @@ test("a campaign from its bulk to its end: patch, cancel, retry, add, subtract, 
   );
   const at = encodeURIComponent(String(ledger[1]?.created_at));
   expect(await getJson(`${user}/points?at=${at}`)).toMatchObject({ httpStatus: 200, point_num: 407 });
-  expect(await reconcile(pipeline.test.database)).toMatchObject({
+  expect(await compareSums(pipeline.test.database)).toMatchObject({
     ...{ agree: true, reservations: 357n, direct: -357n, ledger: 0n, balances: 0n },
   });
 }, 60_000);

@@ -6,7 +6,7 @@ import { createConnection } from "mysql2/promise";
 import { DatabaseError } from "../lib/database.ts";
 import { freePorts } from "../lib/dev/servers.ts";
 import { DomainError } from "../lib/errors.ts";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import { RESERVATION_STATUSES } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
 import { checkSchema, migrate } from "../sql/migrate.ts";
@@ -487,7 +487,7 @@ describe(SECOND, () => {
       await checkSchema(db.database);
       // Processes of the version before may start while the new one rolls out.
       await checkSchema(db.database, folder);
-      expect(await reconcile(db.database)).toMatchObject({ agree: true, direct: 0n });
+      expect(await compareSums(db.database)).toMatchObject({ agree: true, direct: 0n });
     }));
 
   test("makes of a filled database the same tables as of an empty one", () =>
@@ -551,7 +551,7 @@ describe(SECOND, () => {
 
       expect((await send("/point/add", json({ user_id: "User1", point_num: 50 }, "PUT"))).status).toBe(200);
       expect((await send("/point/sub", json({ user_id: "User1", point_num: 20 }, "PUT"))).status).toBe(200);
-      expect(await reconcile(db.database)).toMatchObject({ agree: true, direct: 30n });
+      expect(await compareSums(db.database)).toMatchObject({ agree: true, direct: 30n });
 
       const listed = await (await send("/users/User3/reserved-points?limit=1000")).json();
       expect((listed as { reserved_points: unknown[] }).reserved_points).toHaveLength(25);
@@ -694,7 +694,7 @@ describe(SECOND, () => {
           idOf(9, 0),
         ]);
       });
-      expect(await reconcile(db.database)).toMatchObject({ agree: true });
+      expect(await compareSums(db.database)).toMatchObject({ agree: true });
       const story = await appOn(db.database).send(`/point/reservations/${idOf(9, 0)}`);
       expect(await story.json()).toMatchObject({ status: "DONE", campaign: null, point_amount: 5 });
     }));

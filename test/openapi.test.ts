@@ -4,7 +4,7 @@ import { Value, ValuePointer } from "@sinclair/typebox/value";
 import { createApp } from "../api.ts";
 import { aggregate } from "../lib/aggregate.ts";
 import { type Database, DatabaseError, openDatabase } from "../lib/database.ts";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import { appOn } from "./api_client.ts";
 import { createTestDatabase, DATABASE_URL, silent, type TestDatabase } from "./harness.ts";
 
@@ -278,7 +278,7 @@ describe("the examples:", () => {
   beforeEach(seed);
 
   test("the state that they start from is one that the service can be in", async () => {
-    expect(await reconcile(db.database)).toMatchObject({ balances: 130n, agree: true });
+    expect(await compareSums(db.database)).toMatchObject({ balances: 130n, agree: true });
     const totals = () =>
       db.query("select day, kind, campaign, entries, points from point_daily_totals order by 1, 2");
     const documented = await totals();

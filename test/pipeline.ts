@@ -2,7 +2,7 @@ import { expect } from "bun:test";
 import { type Channel, connect } from "amqplib";
 import { openDatabase } from "../lib/database.ts";
 import { decodeMessage, encodeMessage } from "../lib/message.ts";
-import { type Reconciliation, reconcile } from "../lib/point_repository.ts";
+import { compareSums, type Sums } from "../lib/point_repository.ts";
 import { type Outcome, openQueue, type Queue } from "../lib/queue.ts";
 import type { Reservation, ReservationStatus } from "../lib/reservation.ts";
 import { type GrantOptions, processMessages } from "../worker.ts";
@@ -212,7 +212,7 @@ export async function untilDone(
 }
 
 /** Every reservation is DONE, with its one ledger entry, never early; ledger, balances and reservations agree. */
-export async function expectAllDoneOnce(test: TestDatabase, count: number): Promise<Reconciliation> {
+export async function expectAllDoneOnce(test: TestDatabase, count: number): Promise<Sums> {
   expect(await countStatuses(test)).toEqual({ DONE: count });
   const [ledger] = await test.query<{ entries: number; ids: number }>(
     `select count(*) entries, count(distinct r.id) ids from point_transactions t
@@ -224,7 +224,7 @@ export async function expectAllDoneOnce(test: TestDatabase, count: number): Prom
   });
   const [all] = await test.query<{ entries: number }>("select count(*) entries from point_transactions");
   expect(Number(all?.entries)).toBe(count);
-  const sums = await reconcile(test.database);
+  const sums = await compareSums(test.database);
   expect(sums).toMatchObject({ usersApart: 0, reservationsApart: 0, early: 0, agree: true });
   expect(sums.ledger > 0n).toBe(true);
   return sums;

@@ -6,9 +6,9 @@ import {
   addPointsIdempotent,
   type ChangeOutcome,
   changePoints,
+  compareSums,
   findBalance,
   findLedgerEntry,
-  reconcile,
 } from "../lib/point_repository.ts";
 import type { Reservation, ReservationStatus } from "../lib/reservation.ts";
 import { markDone } from "../lib/reservation_repository.ts";
@@ -314,7 +314,7 @@ describe("changePoints()", () => {
     }
     const sum = (await ledger()).reduce((total, { pointAmount }) => total + pointAmount, 0);
     expect(sum).toBe(50);
-    expect(await reconcile(db.database)).toMatchObject({ direct: 50n, agree: true });
+    expect(await compareSums(db.database)).toMatchObject({ direct: 50n, agree: true });
   }, 20_000);
 
   test("starts again where somebody has used a key since it was looked up, and finds it then", async () => {
@@ -438,7 +438,7 @@ describe("changePoints()", () => {
     });
     expect(await changed).toEqual(["changed"]);
     expect(await pointsOf("new")).toBe(7n);
-    expect(await reconcile(db.database)).toMatchObject({ usersApart: 0 });
+    expect(await compareSums(db.database)).toMatchObject({ usersApart: 0 });
   });
 
   /** Waits until another statement on the balances is under way: it waits for a lock, as it does nothing long. */
@@ -471,7 +471,7 @@ describe("changePoints()", () => {
     // Eight grants of 5, sixteen times 7 - 3.
     expect(new Set(await Promise.all(known.map(pointsOf)))).toEqual(new Set([1_104n]));
     expect(new Set(await Promise.all(fresh.map(pointsOf)))).toEqual(new Set([104n]));
-    expect(await reconcile(db.database)).toMatchObject({ usersApart: 0 });
+    expect(await compareSums(db.database)).toMatchObject({ usersApart: 0 });
   }, 30_000);
 
   test("takes 500 of one batch, of which each third is refused", async () => {
@@ -484,7 +484,7 @@ describe("changePoints()", () => {
       new Set<ChangeOutcome>(["too_few", "unknown_user"]),
     );
     expect((await ledger()).length).toBe(334);
-    expect(await reconcile(db.database)).toMatchObject({ direct: 3_340n, agree: true });
+    expect(await compareSums(db.database)).toMatchObject({ direct: 3_340n, agree: true });
   });
 });
 
@@ -522,7 +522,7 @@ describe("findLedgerEntry()", () => {
   });
 });
 
-describe("reconcile()", () => {
+describe("compareSums()", () => {
   /** Reserves and grants as the program does. */
   async function grant(fields: Partial<Reservation> = {}): Promise<Reservation> {
     const reservation = await insertReservation(db, { ...fields, status: "PROCESSING" });
@@ -543,7 +543,7 @@ describe("reconcile()", () => {
   }
 
   test("agrees on nothing at all", async () => {
-    expect(await reconcile(db.database)).toEqual({
+    expect(await compareSums(db.database)).toEqual({
       reservations: 0n,
       direct: 0n,
       ledger: 0n,
@@ -563,7 +563,7 @@ describe("reconcile()", () => {
       await insertReservation(db, { userId: "a", status });
     }
     const sum = 2_147_483_847n;
-    expect(await reconcile(db.database)).toEqual({
+    expect(await compareSums(db.database)).toEqual({
       reservations: sum,
       direct: 0n,
       ledger: sum,
@@ -583,7 +583,7 @@ describe("reconcile()", () => {
       changeOf("3", "b", 1),
       changeOf("4", "nobody", -1),
     ]);
-    expect(await reconcile(db.database)).toEqual({
+    expect(await compareSums(db.database)).toEqual({
       ...{ reservations: 100n, direct: -49n, ledger: 51n, balances: 51n },
       ...{ usersApart: 0, reservationsApart: 0, early: 0, agree: true },
     });
@@ -624,10 +624,10 @@ describe("reconcile()", () => {
     await grant({ userId: "a", pointAmount: 100, idempotencyKey: "granted" });
     const direct = changeOf("direct", "a", -30);
     await changePoints(db.database, [direct]);
-    const right = await reconcile(db.database);
+    const right = await compareSums(db.database);
     expect(right).toMatchObject({ direct: -30n, agree: true });
     await plant({ direct: direct.idempotencyKey });
-    expect(await reconcile(db.database)).toEqual({ ...right, ...difference, agree: false });
+    expect(await compareSums(db.database)).toEqual({ ...right, ...difference, agree: false });
   });
 
   function rowOf({ idempotencyKey, userId, pointAmount }: PointTransaction) {
@@ -711,22 +711,22 @@ describe("reconcile()", () => {
   ])("catches %s", async (_, plant, difference) => {
     const a = await grant({ userId: "a", pointAmount: 100 });
     const b = await grant({ userId: "b", pointAmount: 200 });
-    const right = await reconcile(db.database);
+    const right = await compareSums(db.database);
     expect(right.agree).toBe(true);
     await plant({ a, b });
-    expect(await reconcile(db.database)).toEqual({ ...right, ...difference, agree: false });
+    expect(await compareSums(db.database)).toEqual({ ...right, ...difference, agree: false });
   });
 
   test("accepts a grant at the very millisecond", async () => {
     const { executeAt } = await grant();
     await db.query("update point_transactions set created_at = ?", [executeAt]);
-    expect(await reconcile(db.database)).toMatchObject({ early: 0, agree: true });
+    expect(await compareSums(db.database)).toMatchObject({ early: 0, agree: true });
   });
 
   test("adds up balances beyond a BIGINT", async () => {
     await setBalance("a", MAX_BIGINT);
     await setBalance("b", MAX_BIGINT);
-    expect(await reconcile(db.database)).toMatchObject({ balances: MAX_BIGINT * 2n, agree: false });
+    expect(await compareSums(db.database)).toMatchObject({ balances: MAX_BIGINT * 2n, agree: false });
   });
 
   test("sees one moment: grants meanwhile are no difference", async () => {
@@ -736,7 +736,7 @@ describe("reconcile()", () => {
     })();
     const sums = new Set<bigint>();
     await until("20 states in the midst of grants were seen", async () => {
-      const { ledger, agree } = await reconcile(db.database);
+      const { ledger, agree } = await compareSums(db.database);
       expect(agree).toBe(true);
       sums.add(ledger);
       return sums.size === 20;

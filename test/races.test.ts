@@ -1,6 +1,6 @@
 import { describe, expect, test } from "bun:test";
 import { MAX_POINT_NUM } from "../lib/point.ts";
-import { reconcile } from "../lib/point_repository.ts";
+import { compareSums } from "../lib/point_repository.ts";
 import type { ReservationStatus } from "../lib/reservation.ts";
 import { insertReservation, type RunningService, type TestDatabase, until } from "./harness.ts";
 import { countStatuses, openPipeline, type Pipeline } from "./pipeline.ts";
@@ -126,7 +126,7 @@ async function expectFair({ query, database }: TestDatabase): Promise<Map<string
   const [ledger] = await query<{ entries: number }>("select count(*) entries from point_transactions");
   const endsById = new Map(ends.map((end) => [end.id, end]));
   expect(Number(ledger?.entries)).toBe(countOf(endsById, "DONE"));
-  expect(await reconcile(database)).toMatchObject({ agree: true, early: 0 });
+  expect(await compareSums(database)).toMatchObject({ agree: true, early: 0 });
   return endsById;
 }
 

@@ -3,7 +3,7 @@ import { v7 as uuidv7 } from "uuid";
 import { DatabaseError, openDatabase } from "../lib/database.ts";
 import { findReservation } from "../lib/history.ts";
 import { decodeMessage, encodeMessage, type ReservationMessage } from "../lib/message.ts";
-import { findBalance, reconcile } from "../lib/point_repository.ts";
+import { compareSums, findBalance } from "../lib/point_repository.ts";
 import type { Outcome } from "../lib/queue.ts";
 import type { Reservation } from "../lib/reservation.ts";
 import { claimDue } from "../lib/reservation_repository.ts";
@@ -368,7 +368,7 @@ describe("processMessages() beside others", () => {
   }, 30_000);
 
   test("leaves ledger, balances and reservations in agreement after all of the above", async () => {
-    const sums = await reconcile(db.database);
+    const sums = await compareSums(db.database);
     expect(sums).toMatchObject({ usersApart: 0, reservationsApart: 0, early: 0, agree: true });
     expect(sums.ledger).toBeGreaterThan(1_000n);
   });

@@ -2,7 +2,7 @@
 import { parseArgs } from "node:util";
 import { type Database, openDatabase } from "../database.ts";
 import { sleep } from "../loop.ts";
-import { reconcile } from "../point_repository.ts";
+import { compareSums } from "../point_repository.ts";
 import { fieldOf, runWithStack, type Stack } from "./stack.ts";
 
 const say = (line: string) => console.error(`demo: ${line}`);
@@ -101,7 +101,7 @@ async function demonstrate(stack: Stack, database: Database): Promise<boolean> {
   return summarize({
     rows,
     balancesAreRight: await checkBalances(stack, promised),
-    sums: await reconcile(database),
+    sums: await compareSums(database),
   });
 }
 
@@ -172,7 +172,7 @@ async function checkBalances({ apiUrl }: Stack, promised: Map<string, number>): 
 function summarize(result: {
   rows: Row[];
   balancesAreRight: boolean;
-  sums: Awaited<ReturnType<typeof reconcile>>;
+  sums: Awaited<ReturnType<typeof compareSums>>;
 }): boolean {
   const { rows, balancesAreRight, sums } = result;
   const late = rows.map(({ late_ms }) => late_ms).filter((ms) => ms !== null);
