@@ -235,6 +235,7 @@ async function main(
             : " - repaired by somebody else";
         }
       }
+      progress.clear();
       if (json) process.stdout.write(`${printed > 0 ? "," : ""}\n${toJson({ ...difference, ...outcome })}`);
       else console.log(`${describeDifference(difference)}${note}`);
       printed++;

@@ -3,6 +3,8 @@ import { Presets, SingleBar } from "cli-progress";
 /** Shows how far a command has come; nothing where nobody looks at a terminal. */
 export interface Progress extends Disposable {
   add(count: number): void;
+  /** Makes room for a line that is printed now; the next `add()` shows it again. */
+  clear(): void;
 }
 
 /**
@@ -10,7 +12,7 @@ export interface Progress extends Disposable {
  * @param total how many there are, as far as anybody knows
  */
 export function openProgress(what: string, total: number): Progress {
-  if (!process.stderr.isTTY) return { add() {}, [Symbol.dispose]() {} };
+  if (!process.stderr.isTTY) return { add() {}, clear() {}, [Symbol.dispose]() {} };
   let done = 0;
   let most = total;
   const bar = new SingleBar(
@@ -33,6 +35,7 @@ export function openProgress(what: string, total: number): Progress {
       }
       bar.update(done);
     },
+    clear: () => process.stderr.write("\r\x1b[K"),
     [Symbol.dispose]: () => bar.stop(),
   };
 }

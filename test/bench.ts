@@ -1,19 +1,20 @@
 /**
  * Measures the program on real services, each figure beside a limit that is measured in the same run, and prints tables:
- * `bun run bench [--quick] [--json FILE] [--part reserve|grant|flat|lateness|scale|memory|lists] [--count N]`. Every part
+ * `bun run bench [--quick] [--json FILE] [--part reserve|grant|flat|lateness|scale|memory|lists|books] [--count N]`. Every part
  * ends by checking that nothing was lost, doubled or early, and fails if something was.
  *
  * Settings of the processes, e.g. `WORKER_BATCH=500`, are handed on to them.
  */
 import { parseArgs } from "node:util";
 import { Settings } from "../lib/config.ts";
+import { benchBooks } from "./bench_books.ts";
 import { benchDatabaseOnly, benchGrant, type GrantFigures } from "./bench_grant.ts";
 import { benchBurst, benchSteady } from "./bench_lateness.ts";
 import { benchLists } from "./bench_lists.ts";
 import { benchReserve } from "./bench_reserve.ts";
 import type { Usages } from "./bench_usage.ts";
 
-const PARTS = ["reserve", "grant", "flat", "lateness", "scale", "memory", "lists"] as const;
+const PARTS = ["reserve", "grant", "flat", "lateness", "scale", "memory", "lists", "books"] as const;
 type Part = (typeof PARTS)[number];
 /** Those of `--quick`, which ends within a minute. */
 const QUICK_PARTS: Part[] = ["reserve", "grant", "flat", "lateness", "scale"];
@@ -27,16 +28,21 @@ const { values } = parseArgs({
     count: { type: "string" },
     /** How many reservations stand in the table whose lists are read. */
     rows: { type: "string", default: "1000000" },
+    /** How many ledger entries are counted and compared; there are a tenth as many users. */
+    entries: { type: "string", default: "10000000" },
   },
 });
 const { quick } = values;
 const unknown = values.part?.filter((part) => !PARTS.includes(part as Part)) ?? [];
 const parts = (values.part as Part[] | undefined) ?? (quick ? QUICK_PARTS : PARTS);
 const [count, listRows] = [Number(values.count ?? (quick ? 10_000 : 200_000)), Number(values.rows)];
+const entries = Number(values.entries);
 const faults = [
   unknown.length > 0 && `--part must be ${PARTS.join(", ")}: received ${unknown.join(", ")}`,
   !(Number.isSafeInteger(count) && count >= 1_000) &&
     `--count must be a whole number from 1000: received ${values.count}`,
+  !(Number.isSafeInteger(entries) && entries >= 10_000) &&
+    `--entries must be a whole number from 10000: received ${values.entries}`,
   !(Number.isSafeInteger(listRows) && listRows >= 1_000) &&
     `--rows must be a whole number from 1000: received ${values.rows}`,
 ].filter((fault) => fault !== false);
@@ -180,6 +186,12 @@ const RUN: Record<Part, () => Promise<void>> = {
   },
   async lists() {
     console.table(await benchLists({ rows: listRows }));
+  },
+  async books() {
+    const figures = await benchBooks({ entries, progress });
+    for (const { what, figure, beside, ratio } of figures) {
+      show(what, figure, beside === undefined ? undefined : { what: beside, ratio });
+    }
   },
 };
 

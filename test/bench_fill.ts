@@ -14,12 +14,14 @@ export interface Fill {
   hot?: boolean;
 }
 
+/** How long adding up the ledger may take, in milliseconds. */
+const SUM_MS = 600_000;
 /** Rows of one INSERT … SELECT. */
 const ROWS = 10_000;
 const PREFIXES = { finished: "01a10990", warm: "01a20990", due: "01a30990", future: "01a40990" };
 
 /** Fills in reservations as clients make them: ids in the order of time, a key each; the users mixed. */
-export async function fill({ query }: TestDatabase, options: Fill): Promise<void> {
+export async function fill({ query, database }: TestDatabase, options: Fill): Promise<void> {
   const { count, users, prefix, at, isDone = false, hot = false } = options;
   const now = new Date();
   const userId = `concat('User', mod(crc32(n), ${users}))`;
@@ -29,7 +31,8 @@ export async function fill({ query }: TestDatabase, options: Fill): Promise<void
       : `cast(? as datetime(3)) + interval ${at.inMs * 1_000} microsecond`;
   for (let from = 0; from < count; from += ROWS) {
     await query(
-      `insert into point_reservations (id, user_id, point_amount, execute_at, status, idempotency_key, scan_at)
+      `insert into point_reservations
+         (id, user_id, point_amount, execute_at, status, idempotency_key, scan_at, updated_at)
        with recursive digits (digit) as (select 0 union all select digit + 1 from digits where digit < 9),
        numbers (n) as (
          select ? + 1000 * a.digit + 100 * b.digit + 10 * c.digit + d.digit n
@@ -38,7 +41,7 @@ export async function fill({ query }: TestDatabase, options: Fill): Promise<void
        timed as (select n, ${executeAt} execute_at from numbers where n < ?)
        select concat('${PREFIXES[prefix]}-0000-7000-8000-', lpad(lower(hex(n)), 12, '0')),
          ${hot ? `if(mod(n, 10) = 0, 'Hot', ${userId})` : userId}, 1 + mod(n, 100), execute_at,
-         '${isDone ? "DONE" : "PENDING"}', concat('${prefix}-', n), ${isDone ? "null" : "execute_at"}
+         '${isDone ? "DONE" : "PENDING"}', concat('${prefix}-', n), ${isDone ? "null, execute_at" : "execute_at, now(3)"}
        from timed`,
       [from, now, count],
     );
@@ -53,8 +56,13 @@ export async function fill({ query }: TestDatabase, options: Fill): Promise<void
     );
   }
   if (!isDone) return;
-  await query(
-    `insert into point_root (user_id, point_num)
-     select user_id, sum(point_amount) from point_transactions group by user_id`,
+  await database.run(
+    ({ execute }) =>
+      execute(
+        `insert into point_root (user_id, point_num, updated_at)
+         select user_id, sum(point_amount), max(created_at) from point_transactions group by user_id
+         on duplicate key update point_num = values(point_num), updated_at = values(updated_at)`,
+      ),
+    { workMs: SUM_MS },
   );
 }

@@ -3,6 +3,7 @@ import { cp, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises"
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createConnection } from "mysql2/promise";
+import { aggregate } from "../lib/aggregate.ts";
 import { DatabaseError } from "../lib/database.ts";
 import { freePorts } from "../lib/dev/servers.ts";
 import { DomainError } from "../lib/errors.ts";
@@ -81,7 +82,16 @@ async function schemaErrorOf(work: Promise<void>): Promise<string> {
   return error.message;
 }
 
-const TABLES = ["point_reservations", "point_root", "point_transactions", "schema_migrations"];
+const TABLES = [
+  ...[
+    "point_aggregation",
+    "point_daily_totals",
+    "point_daily_users",
+    "point_reconciliations",
+    "point_repairs",
+  ],
+  ...["point_reservations", "point_root", "point_transactions", "schema_migrations"],
+];
 
 describe("migrate()", () => {
   test(
@@ -356,6 +366,7 @@ async function killAtAlter(
 
 const FIRST = "0001_points.sql";
 const SECOND = "0002_changes_and_campaigns.sql";
+const THIRD = "0003_totals_and_reconciliation.sql";
 
 /** The columns of the first file's tables. */
 const OLD_COLUMNS = {
@@ -468,7 +479,7 @@ describe(SECOND, () => {
       const before = await readFirst(db);
       expect(Object.values(before).map((rows) => rows.length)).toEqual([4, 100, 20]);
       expect(await schemaErrorOf(checkSchema(db.database))).toStartWith(
-        `The schema is behind: ${SECOND} must run.`,
+        `The schema is behind: ${SECOND}, ${THIRD} must run.`,
       );
       await migrate(db.url);
       expect(await readFirst(db)).toEqual(before);
@@ -700,11 +711,68 @@ describe(SECOND, () => {
     }));
 });
 
-/** The second file, not finished so far, comes to its end, on the data as it was. */
-async function expectRunsAgain(db: TestDatabase, before: Record<string, unknown[]>): Promise<void> {
+/** The statements of the third file: a crash may come between any two of them. */
+const STATEMENTS = (await readFile(join(SQL, THIRD), "utf8")).split(/(?<=;\n)/).slice(0, -1);
+
+describe(THIRD, () => {
+  /** A database of the version before, with data. */
+  function withSecond(work: (db: TestDatabase, folder: string) => Promise<void>): Promise<void> {
+    return withFirst(async (db, { folder }) => {
+      await cp(join(SQL, SECOND), join(folder, SECOND));
+      await migrate(db.url, { folder });
+      await work(db, folder);
+    });
+  }
+
+  test("has every entry that was there counted, and those that the version before still adds", () =>
+    withSecond(async (db) => {
+      const before = await readFirst(db);
+      await migrate(db.url);
+      expect(await readFirst(db)).toEqual(before);
+      expect(await aggregate(db.database, { timeZone: "UTC" })).toBe(20);
+      await db.query(
+        "insert into point_transactions (id, idempotency_key, user_id, point_amount) values (uuid(), 'direct:old', 'User0', 5)",
+      );
+      expect(await aggregate(db.database, { timeZone: "UTC" })).toBe(1);
+      const [sums] = await db.query<{ entries: string; points: string }>(
+        "select sum(entries) entries, sum(points) points from point_daily_totals",
+      );
+      const [ledger] = await db.query<{ points: string }>(
+        "select sum(point_amount) points from point_transactions",
+      );
+      expect(sums).toEqual({ entries: "21", points: ledger?.points as string });
+    }));
+
+  test.each(STATEMENTS.slice(1).map((_, index) => index + 1))(
+    "runs again where only %d of its statements were done",
+    (count) =>
+      withSecond(async (db, folder) => {
+        const before = await readFirst(db);
+        const sql = `${STATEMENTS.slice(0, count).join("")}\nalter table point_root drop column no_such_column;\n`;
+        await writeFile(join(folder, THIRD), sql);
+        expect(await schemaErrorOf(migrate(db.url, { folder }))).toStartWith(`Cannot run ${THIRD}: `);
+        await expectRunsAgain(db, before, THIRD);
+      }),
+    30_000,
+  );
+
+  test("copies no table and keeps nobody waiting: each ALTER of a table that was there says so", () => {
+    const alters = STATEMENTS.join("").match(/alter table[\s\S]*?'/g) ?? [];
+    expect(alters).toHaveLength(2);
+    for (const alter of alters)
+      expect(alter).toMatch(/algorithm = instant'|algorithm = inplace, lock = none'/);
+  });
+});
+
+/** The second file, or another one, not finished so far, comes to its end, on the data as it was. */
+async function expectRunsAgain(
+  db: TestDatabase,
+  before: Record<string, unknown[]>,
+  file = SECOND,
+): Promise<void> {
   const said: string[] = [];
   await migrate(db.url, { say: (line) => said.push(line) });
-  expect(said).toContain(`Running ${SECOND} again, as it was interrupted`);
+  expect(said).toContain(`Running ${file} again, as it was interrupted`);
   expect(await readFirst(db)).toEqual(before);
   await checkSchema(db.database);
   await withEmptyDatabase(async (fresh) => {
