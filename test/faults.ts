@@ -227,6 +227,11 @@ async function run({ seconds, seed, kinds, isApart }: Options): Promise<number> 
       }
     }
     const logs = world.logs();
+    // The schedulers compare as well.
+    for (const { msg, difference } of logs) {
+      if (msg === "the books differ")
+        violations.push({ what: `a scheduler found: ${difference}`, names: [] });
+    }
     const deadlocks = logs.filter(({ error }) =>
       /DEADLOCK/.test(String((error as Error | undefined)?.message)),
     ).length;
