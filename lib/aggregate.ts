@@ -1,9 +1,9 @@
 import { parseArgs } from "node:util";
-import { readConfig } from "./config.ts";
+import { readConfig, type Settings } from "./config.ts";
 import { type Database, openDatabase } from "./database.ts";
 import { daysBetween, newDays, parseDay } from "./day.ts";
-import { DomainError, explain, ForeseenError } from "./errors.ts";
-import { openProgress } from "./terminal.ts";
+import { DomainError } from "./errors.ts";
+import { openProgress, runCommand } from "./terminal.ts";
 import {
   chooseTimeZone,
   countEntries,
@@ -12,6 +12,9 @@ import {
   resetDay,
   startGeneration,
 } from "./total_repository.ts";
+
+/** How many ledger entries one transaction counts: it holds their totals' rows for as long as it takes, some 0.2 s. */
+const PAGE = 5_000;
 
 export interface AggregateOptions {
   /** The zone whose days the totals are of. */
@@ -36,9 +39,9 @@ export async function aggregate(
 ): Promise<number> {
   await chooseTimeZone(database, timeZone);
   let sum = 0;
-  while (!signal?.aborted) {
-    const counted = await countEntries(database, { timeZone });
-    if (counted === 0) break;
+  // Until a page is not full, and not until one is empty: while points are granted, there is always one more.
+  for (let counted = PAGE; counted === PAGE && !signal?.aborted; ) {
+    counted = await countEntries(database, { timeZone, limit: PAGE });
     sum += counted;
     await onPage?.(counted);
   }
@@ -72,36 +75,29 @@ function readWanted(args: string[]): Wanted {
   return { days: newDays({ from, to }, { timeZone: "UTC", places }), isRebuild };
 }
 
+async function main(
+  { days, isRebuild }: Wanted,
+  { DATABASE_URL, AGGREGATE_TIME_ZONE: timeZone }: Pick<Settings, "DATABASE_URL" | "AGGREGATE_TIME_ZONE">,
+): Promise<number> {
+  const database = openDatabase(DATABASE_URL);
+  const startedAt = performance.now();
+  if (isRebuild) await startGeneration(database, timeZone);
+  for (const day of days ? daysBetween(days.from, days.to) : []) await resetDay(database, day, timeZone);
+  let counted: number;
+  {
+    using progress = openProgress("entries", await countWaiting(database));
+    counted = await aggregate(database, { timeZone, onPage: progress.add });
+  }
+  const seconds = ((performance.now() - startedAt) / 1_000).toFixed(1);
+  console.log(`${counted} ledger entries counted in ${seconds} s, by days of ${timeZone}`);
+  await database.close();
+  return 0;
+}
+
 if (import.meta.main) {
-  let wanted: Wanted;
-  try {
-    wanted = readWanted(Bun.argv.slice(2));
-  } catch (error) {
-    console.error(`${error instanceof DomainError ? explain(error) : (error as Error).message}\n${USAGE}`);
-    process.exit(2);
-  }
-  try {
-    const config = readConfig(Bun.env, ["DATABASE_URL", "AGGREGATE_TIME_ZONE"]);
-    const timeZone = config.AGGREGATE_TIME_ZONE;
-    const database = openDatabase(config.DATABASE_URL);
-    const startedAt = performance.now();
-    if (wanted.isRebuild) await startGeneration(database, timeZone);
-    if (wanted.days) {
-      const { from, to } = wanted.days;
-      for (const day of daysBetween(from, to)) await resetDay(database, day, timeZone);
-    }
-    let counted: number;
-    {
-      using progress = openProgress("entries", await countWaiting(database));
-      counted = await aggregate(database, { timeZone, onPage: progress.add });
-    }
-    const seconds = ((performance.now() - startedAt) / 1_000).toFixed(1);
-    console.log(`${counted} ledger entries counted in ${seconds} s, by days of ${timeZone}`);
-    await database.close();
-    process.exit(0);
-  } catch (error) {
-    if (!(error instanceof ForeseenError)) throw error;
-    console.error(error instanceof DomainError ? explain(error) : `Cannot aggregate: ${error.message}`);
-    process.exit(1);
-  }
+  await runCommand({
+    ...{ what: "aggregate", usage: USAGE, failed: 1 },
+    read: readWanted,
+    run: (wanted) => main(wanted, readConfig(Bun.env, ["DATABASE_URL", "AGGREGATE_TIME_ZONE"])),
+  });
 }

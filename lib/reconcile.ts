@@ -22,8 +22,7 @@ import {
 import { readConfig, type Settings } from "./config.ts";
 import { type Database, DatabaseError, openDatabase } from "./database.ts";
 import { boundsOf, dayOf, plusDays } from "./day.ts";
-import { ForeseenError } from "./errors.ts";
-import { openProgress } from "./terminal.ts";
+import { openProgress, runCommand } from "./terminal.ts";
 import { findAggregation } from "./total_repository.ts";
 
 /**
@@ -258,19 +257,10 @@ async function main(
 }
 
 if (import.meta.main) {
-  let wanted: ReturnType<typeof readWanted>;
-  try {
-    wanted = readWanted(Bun.argv.slice(2));
-  } catch (error) {
-    console.error(`${(error as Error).message}\n${USAGE}`);
-    process.exit(2);
-  }
-  try {
-    process.exit(await main(wanted, readConfig(Bun.env, ["DATABASE_URL", "LEASE_MS"])));
-  } catch (error) {
-    if (!(error instanceof ForeseenError)) throw error;
-    console.error(error instanceof DatabaseError ? `Cannot reconcile: ${error.message}` : error.message);
+  await runCommand({
     // Not 1, which says that there are differences.
-    process.exit(3);
-  }
+    ...{ what: "reconcile", usage: USAGE, failed: 3 },
+    read: readWanted,
+    run: (wanted) => main(wanted, readConfig(Bun.env, ["DATABASE_URL", "LEASE_MS"])),
+  });
 }

@@ -1,4 +1,41 @@
 import { Presets, SingleBar } from "cli-progress";
+import { DomainError, explain, ForeseenError } from "./errors.ts";
+
+export interface Command<Wanted> {
+  /** What it does, for `Cannot …: reason`. */
+  what: string;
+  usage: string;
+  /** Reads the words of the command line; what it throws is shown with the usage. */
+  read: (words: string[]) => Wanted;
+  /** Resolves to the exit code. */
+  run: (wanted: Wanted) => Promise<number>;
+  /** The exit code where it could not be done. */
+  failed: number;
+}
+
+/** Runs a command and ends the process: with its exit code, with 2 where its words are wrong. */
+export async function runCommand<Wanted>({
+  what,
+  usage,
+  read,
+  run,
+  failed,
+}: Command<Wanted>): Promise<never> {
+  let wanted: Wanted;
+  try {
+    wanted = read(Bun.argv.slice(2));
+  } catch (error) {
+    console.error(`${error instanceof DomainError ? explain(error) : (error as Error).message}\n${usage}`);
+    process.exit(2);
+  }
+  try {
+    process.exit(await run(wanted));
+  } catch (error) {
+    if (!(error instanceof ForeseenError)) throw error;
+    console.error(error instanceof DomainError ? explain(error) : `Cannot ${what}: ${error.message}`);
+    process.exit(failed);
+  }
+}
 
 /** Shows how far a command has come; nothing where nobody looks at a terminal. */
 export interface Progress extends Disposable {

@@ -5,8 +5,6 @@ import { DomainError } from "./errors.ts";
 import { type EntryKind, kindOf } from "./point.ts";
 import { pointAggregation, type TotalRow, pointDailyTotals as totals } from "./schema.ts";
 
-/** How many ledger entries one transaction counts: it holds their totals' rows for as long as it takes, some 0.2 s. */
-const PAGE = 5_000;
 /** Rows that one statement deletes. */
 const DELETE_PAGE = 10_000;
 /** How long a day may take to be set back, in milliseconds: millions of entries are marked in one transaction. */
@@ -41,12 +39,12 @@ type Promised = { idempotencyKey: string; campaign: string | null; executeAt: Da
  * transaction, so that each counts once, however late it commits and whatever dies. Those that another one is just counting
  * are left to it.
  *
- * @returns how many were counted; 0 where there is nothing left
+ * @returns how many were counted; fewer than `limit` where there is nothing left
  * @throws {DomainError} TIME_ZONE where the totals are by the days of another zone
  */
 export function countEntries(
   database: Database,
-  { timeZone, limit = PAGE }: { timeZone: string; limit?: number },
+  { timeZone, limit }: { timeZone: string; limit: number },
 ): Promise<number> {
   return database.transaction(async (connection) => {
     const generation = await holdGeneration(connection, timeZone);

@@ -3,10 +3,10 @@ import { totalOf } from "./answers.ts";
 import { readConfig, type Settings } from "./config.ts";
 import { openDatabase } from "./database.ts";
 import { daysBetween, newDays } from "./day.ts";
-import { DomainError, explain, ForeseenError } from "./errors.ts";
+import { DomainError } from "./errors.ts";
 import { parseCampaign } from "./reservation.ts";
 import type { TotalRow } from "./schema.ts";
-import { drawBars } from "./terminal.ts";
+import { drawBars, runCommand } from "./terminal.ts";
 import { findAggregation, findBalances, findTotals } from "./total_repository.ts";
 
 /** The most totals of one table. */
@@ -49,7 +49,7 @@ export function showTotals(
 async function main(
   { from, to, campaign }: ReturnType<typeof readWanted>,
   { DATABASE_URL }: Pick<Settings, "DATABASE_URL">,
-): Promise<void> {
+): Promise<number> {
   const database = openDatabase(DATABASE_URL);
   const { generation, timeZone } = await findAggregation(database);
   const places = { from: "--from", to: "--to" };
@@ -70,22 +70,13 @@ async function main(
   }
   console.log(showTotals(rows, { days: daysBetween(days.from, days.to), balances }));
   console.log(timeZone ? `Days of ${timeZone}` : "Nothing was counted yet: `bun run aggregate` does");
+  return 0;
 }
 
 if (import.meta.main) {
-  let wanted: ReturnType<typeof readWanted>;
-  try {
-    wanted = readWanted(Bun.argv.slice(2));
-  } catch (error) {
-    console.error(`${(error as Error).message}\n${USAGE}`);
-    process.exit(2);
-  }
-  try {
-    await main(wanted, readConfig(Bun.env, ["DATABASE_URL"]));
-    process.exit(0);
-  } catch (error) {
-    if (!(error instanceof ForeseenError)) throw error;
-    console.error(error instanceof DomainError ? explain(error) : `Cannot read the totals: ${error.message}`);
-    process.exit(1);
-  }
+  await runCommand({
+    ...{ what: "read the totals", usage: USAGE, failed: 1 },
+    read: readWanted,
+    run: (wanted) => main(wanted, readConfig(Bun.env, ["DATABASE_URL"])),
+  });
 }

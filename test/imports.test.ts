@@ -32,7 +32,7 @@ const ROOMS: Record<string, string[]> = {
   routes: ["answers", "day", "openapi", "bulk", "input", "page", "point", "reservation"],
   service: ["errors", "database", "http", "loop"],
   // What both a process and a command do; as a command each reads settings and opens the database.
-  terminal: [],
+  terminal: ["errors"],
   aggregate: ["total_repository", "day", "database", "config", "errors", "terminal"],
   reconcile: ["book_repository", "total_repository", "day", "database", "config", "errors", "terminal"],
   totals: [
