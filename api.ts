@@ -22,7 +22,7 @@ import { atRow, type BulkReservation, newBulkReservation } from "./lib/bulk.ts";
 import { atMost, coalesce, OverloadError } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
 import { type Database, DatabaseError, openDatabase } from "./lib/database.ts";
-import { dayRule, newDays } from "./lib/day.ts";
+import { dayRule, daysBetween, newDays } from "./lib/day.ts";
 import { type BrokenRule, DomainError, type DomainErrorCode } from "./lib/errors.ts";
 import {
   findBalanceAt,
@@ -85,7 +85,13 @@ import {
   runService,
   waitForDatabase,
 } from "./lib/service.ts";
-import { findAggregation, findBalances, findTotals } from "./lib/total_repository.ts";
+import {
+  balancesOf,
+  findAggregatedAt,
+  findAggregation,
+  findPointsBefore,
+  findTotals,
+} from "./lib/total_repository.ts";
 import { version } from "./package.json" with { type: "json" };
 import { checkDatabase } from "./sql/migrate.ts";
 
@@ -367,7 +373,7 @@ export function createApp({ database, logger, reserveBatch, hint = () => {} }: A
       async ({ request }) => {
         const rules = { from: dayRule, to: dayRule, campaign: campaignRule };
         const { campaign, ...query } = parseQuery(request, routes.TotalsQuery, rules);
-        const { generation, timeZone, finishedAt } = await findAggregation(database);
+        const { generation, timeZone } = await findAggregation(database);
         const days = newDays(query, { timeZone: timeZone || "UTC" });
         const found = await findTotals(database, { generation, ...days, campaign, limit: MAX_TOTALS });
         if (found.length > MAX_TOTALS) {
@@ -381,11 +387,14 @@ export function createApp({ database, logger, reserveBatch, hint = () => {} }: A
         if (prefersCsv(request)) {
           return new Response(totalsCsv(found), { headers: { "content-type": "text/csv; charset=utf-8" } });
         }
-        const balances = campaign === undefined && (await findBalances(database, { generation, ...days }));
-        return Response.json({
-          ...{ time_zone: timeZone || null, ...days, aggregated_at: finishedAt, totals: found.map(totalOf) },
-          ...(balances && { balances: balances.map(balanceOfDay) }),
-        });
+        const answer = {
+          ...{ time_zone: timeZone || null, ...days, aggregated_at: await findAggregatedAt(database) },
+          totals: found.map(totalOf),
+        };
+        if (campaign !== undefined) return Response.json(answer);
+        const before = await findPointsBefore(database, { generation, day: days.from });
+        const balances = balancesOf(found, { days: daysBetween(days.from, days.to), before });
+        return Response.json({ ...answer, balances: balances.map(balanceOfDay) });
       },
       routes.totals,
     )

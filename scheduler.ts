@@ -17,7 +17,7 @@ import {
   serveHealth,
   waitForDatabase,
 } from "./lib/service.ts";
-import { finishTurn, keepTurn, takeTurn } from "./lib/total_repository.ts";
+import { endTurn, keepTurn, takeTurn } from "./lib/total_repository.ts";
 import { checkDatabase } from "./sql/migrate.ts";
 
 /** How soon to look again while the queue is deep. */
@@ -35,6 +35,8 @@ const TURN_MS = 10_000;
 const KEEP_TURN_MS = 10_000;
 /** After a failure of the books, in milliseconds: what can only be mended by hand need not be tried every second. */
 const BOOKS_RETRY = { baseMs: 10_000, maxMs: 300_000 };
+/** One for a page of the books, one to keep the turn meanwhile: scans have theirs for themselves. */
+const BOOKS_CONNECTIONS = 2;
 /** The most differences that one run logs; it counts all of them. */
 const MAX_LOGGED = 100;
 
@@ -107,25 +109,33 @@ export interface BooksOptions {
 export async function keepBooks({ database, logger, config, signal }: BooksOptions): Promise<number> {
   const intervalMs = config.AGGREGATE_INTERVAL_MS;
   const sleepMs = Math.min(intervalMs, TURN_MS);
-  if (!(await takeTurn(database, { intervalMs }))) return sleepMs;
+  const turn = await takeTurn(database, { intervalMs });
+  if (!turn) return sleepMs;
+  // What cannot keep it, as MySQL is away, notices so by itself.
+  const keeping = setInterval(() => keepTurn(database, turn).catch(() => undefined), KEEP_TURN_MS);
+  let isFinished = false;
+  try {
+    await countAndCompare({ database, logger, config, signal });
+    isFinished = !signal.aborted;
+  } finally {
+    clearInterval(keeping);
+    await endTurn(database, turn, { isFinished }).catch(() => undefined);
+  }
+  return sleepMs;
+}
+
+async function countAndCompare({ database, logger, config, signal }: BooksOptions): Promise<void> {
   const startedAt = performance.now();
-  let keptAt = startedAt;
-  const onPage = async () => {
-    if (performance.now() - keptAt < KEEP_TURN_MS) return;
-    keptAt = performance.now();
-    await keepTurn(database);
-  };
-  const counted = await aggregate(database, { timeZone: config.AGGREGATE_TIME_ZONE, signal, onPage });
+  const counted = await aggregate(database, { timeZone: config.AGGREGATE_TIME_ZONE, signal });
   let logged = 0;
   const found = await reconcile(database, {
-    ...{ leaseMs: config.LEASE_MS, signal, onPage },
+    ...{ leaseMs: config.LEASE_MS, signal },
     onDifference(difference) {
       if (logged++ < MAX_LOGGED)
         logger.error({ difference: describeDifference(difference) }, "the books differ");
     },
   });
-  if (signal.aborted) return sleepMs;
-  await finishTurn(database);
+  if (signal.aborted) return;
   const { users, reservations, entries, days, differences } = found;
   logger[differences > 0 ? "error" : "info"](
     {
@@ -139,7 +149,6 @@ export async function keepBooks({ database, logger, config, signal }: BooksOptio
     },
     differences > 0 ? "the books differ: `bun run reconcile` names all of it" : "the books agree",
   );
-  return sleepMs;
 }
 
 function chunk(claimed: readonly ClaimedReservation[], size: number): ClaimedReservation[][] {
@@ -173,6 +182,10 @@ if (import.meta.main) {
     async main({ config, logger, signal }) {
       const database = openDatabase(config.DATABASE_URL, {
         connections: config.DATABASE_CONNECTIONS,
+        onRetry: logRetry(logger),
+      });
+      const books = openDatabase(config.DATABASE_URL, {
+        connections: BOOKS_CONNECTIONS,
         onRetry: logRetry(logger),
       });
       let queue: Queue | undefined;
@@ -232,7 +245,7 @@ if (import.meta.main) {
         // Beside the scans, which never wait for it.
         const keepingBooks =
           config.AGGREGATE_INTERVAL_MS > 0 &&
-          runLoop(() => keepBooks({ database, logger, config, signal }), {
+          runLoop(() => keepBooks({ database: books, logger, config, signal }), {
             ...{ signal, ...BOOKS_RETRY },
             onFailure: (error, retryInMs) =>
               logger.error({ error: describeError(error), retryInMs }, "the books could not be kept"),
@@ -243,7 +256,7 @@ if (import.meta.main) {
           aborted(signal).then(() => sleep(STOP_MS)),
         ]);
       }
-      await Promise.all([queue?.close(), database.close(), health.stop()]);
+      await Promise.all([queue?.close(), database.close(), books.close(), health.stop()]);
     },
   });
 }

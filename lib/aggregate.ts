@@ -1,6 +1,6 @@
 import { parseArgs } from "node:util";
 import { readConfig, type Settings } from "./config.ts";
-import { type Database, openDatabase } from "./database.ts";
+import { type Database, DatabaseError, openDatabase } from "./database.ts";
 import { daysBetween, newDays, parseDay } from "./day.ts";
 import { DomainError } from "./errors.ts";
 import { openProgress, runCommand } from "./terminal.ts";
@@ -9,12 +9,15 @@ import {
   countEntries,
   countWaiting,
   deleteOldGenerations,
+  noteAggregated,
   resetDay,
   startGeneration,
 } from "./total_repository.ts";
 
 /** How many ledger entries one transaction counts: it holds their totals' rows for as long as it takes, some 0.2 s. */
 const PAGE = 5_000;
+/** How often to wait 5 s for whoever makes a day's totals anew: as long as that may take. */
+const MAX_WAITS = 120;
 
 export interface AggregateOptions {
   /** The zone whose days the totals are of. */
@@ -39,12 +42,20 @@ export async function aggregate(
 ): Promise<number> {
   await chooseTimeZone(database, timeZone);
   let sum = 0;
+  let waits = 0;
   // Until a page is not full, and not until one is empty: while points are granted, there is always one more.
   for (let counted = PAGE; counted === PAGE && !signal?.aborted; ) {
-    counted = await countEntries(database, { timeZone, limit: PAGE });
+    try {
+      counted = await countEntries(database, { timeZone, limit: PAGE });
+    } catch (error) {
+      // A day that is set back takes its time.
+      if (!(error instanceof DatabaseError && error.isContended) || ++waits > MAX_WAITS) throw error;
+      continue;
+    }
     sum += counted;
     await onPage?.(counted);
   }
+  if (!signal?.aborted) await noteAggregated(database);
   await deleteOldGenerations(database);
   return sum;
 }
@@ -81,6 +92,7 @@ async function main(
 ): Promise<number> {
   const database = openDatabase(DATABASE_URL);
   const startedAt = performance.now();
+  await chooseTimeZone(database, timeZone);
   if (isRebuild) await startGeneration(database, timeZone);
   for (const day of days ? daysBetween(days.from, days.to) : []) await resetDay(database, day, timeZone);
   let counted: number;

@@ -234,7 +234,7 @@ export const Totals = Type.Object({
   time_zone: orNull(Type.String(), "whose days these are; null before anything was counted"),
   from: Day,
   to: Day,
-  aggregated_at: orNull(Time, "when a scheduler had last counted all that was there"),
+  aggregated_at: orNull(Time, "when all that was there had last been counted; null while it is counted anew"),
   totals: Type.Array(
     Type.Object({
       day: Day,

@@ -4,8 +4,8 @@ import { boundsOf } from "./day.ts";
 import { DIRECT, type EntryKind } from "./point.ts";
 import type { ReservationStatus } from "./reservation.ts";
 
-// What must agree, a page at a time. Each page is one statement, hence one snapshot: a grant is in all that it reads, or in
-// nothing of it.
+// What must agree, a page at a time. A page is compared in one statement, hence in one snapshot: a grant is in all that it
+// reads, or in nothing of it.
 
 /** Balances, or reservations, or ledger entries of one page. */
 const PAGE = 2_000;
@@ -201,26 +201,44 @@ export function checkReservations(
       [since ?? new Date(0), after, limit],
     );
     if (!page?.last) return { next: undefined, count: 0, differences: [] };
-    type Row = { id: string; userId: string; pointAmount: number; idempotencyKey: string };
-    const rows = await connection.select<Row>(
-      `select r.id, r.user_id userId, r.point_amount pointAmount, r.idempotency_key idempotencyKey
-       from point_reservations r force index (primary)
-       left join point_transactions t on t.idempotency_key = r.idempotency_key
-       where r.id > ? and r.id <= ? and r.updated_at >= ? and r.status = 'DONE'
-       group by r.id
-       having count(t.id) <> 1 or sum(t.user_id = r.user_id and t.point_amount = r.point_amount) <> 1`,
-      [after, page.last, since ?? new Date(0)],
-    );
-    const differences: Difference[] = [];
-    for (const { id, userId, pointAmount, idempotencyKey } of rows) {
-      differences.push({
-        ...{ kind: "reservation", reservation_id: id, user_id: userId, point_amount: pointAmount },
-        idempotency_key: idempotencyKey,
-        entries: await findShown(connection, "idempotency_key = ? limit ?", [idempotencyKey, MAX_SHOWN]),
-      });
+    const where = "r.id > ? and r.id <= ? and r.updated_at >= ?";
+    const differences = await findUngranted(connection, where, [after, page.last, since ?? new Date(0)]);
+    if (since) {
+      // What was DONE once: its entry may be too old for checkRecentEntries().
+      const keys = `select idempotency_key from point_reservations
+        where id > ? and id <= ? and updated_at >= ? and status <> 'DONE'`;
+      const isIts = `t.idempotency_key in (${keys})`;
+      differences.push(...(await findStray(connection, isIts, [after, page.last, since])));
     }
     return { next: page.walked < limit ? undefined : page.last, count: page.count, differences };
   });
+}
+
+/** Reservations that are DONE and have not the one entry of their user and amount. */
+async function findUngranted(
+  connection: Connection,
+  where: string,
+  values: unknown[],
+): Promise<Difference[]> {
+  type Row = { id: string; userId: string; pointAmount: number; idempotencyKey: string };
+  const rows = await connection.select<Row>(
+    `select r.id, r.user_id userId, r.point_amount pointAmount, r.idempotency_key idempotencyKey
+     from point_reservations r
+     left join point_transactions t on t.idempotency_key = r.idempotency_key
+     where ${where} and r.status = 'DONE'
+     group by r.id
+     having count(t.id) <> 1 or sum(t.user_id = r.user_id and t.point_amount = r.point_amount) <> 1`,
+    values,
+  );
+  const differences: Difference[] = [];
+  for (const { id, userId, pointAmount, idempotencyKey } of rows) {
+    differences.push({
+      ...{ kind: "reservation", reservation_id: id, user_id: userId, point_amount: pointAmount },
+      idempotency_key: idempotencyKey,
+      entries: await findShown(connection, "idempotency_key = ? limit ?", [idempotencyKey, MAX_SHOWN]),
+    });
+  }
+  return differences;
 }
 
 /** Every ledger entry that a reservation made, against a reservation that is DONE. */
@@ -245,7 +263,7 @@ export interface RecentPosition {
 }
 
 /**
- * The ledger entries since a time, and the balances of their users where these were not changed since then, or are not there:
+ * The ledger entries since a time with their reservations, and the balances of their users where these were not changed since then, or are not there:
  * `checkBalances()` does not come by them.
  */
 export function checkRecentEntries(
@@ -264,6 +282,9 @@ export function checkRecentEntries(
     if (page.length > 0) {
       const ids = page.map((entry) => entry.id);
       differences.push(...(await findStray(connection, "t.id in (?)", [ids])));
+      const isTheirs =
+        "r.idempotency_key in (select idempotency_key from point_transactions where id in (?))";
+      differences.push(...(await findUngranted(connection, isTheirs, [ids])));
       const unmoved = await connection.select<{ userId: string }>(
         `select distinct t.user_id userId from point_transactions t left join point_root b on b.user_id = t.user_id
          where t.id in (?) and (b.user_id is null or b.updated_at < ?)`,
@@ -309,27 +330,30 @@ async function findStray(connection: Connection, where: string, values: unknown[
   }));
 }
 
-/** The first day at or after one that has entries in the totals that count, or has totals; undefined after the last. */
+/** The first day at or after one that has totals of a generation, or entries that they count; nulls after the last. */
 export async function findDay(
   database: Database,
-  { from, day, since }: { from: Date; day: string; since: Date | undefined },
+  { generation, from, day, since }: { generation: number; from: Date; day: string; since: Date | undefined },
 ): Promise<{ day: string | null; createdAt: Date | null }> {
   const [row] = await onPage(database, ({ select }) =>
     select<{ day: string | null; createdAt: Date | null }>(
       `select
          (select date_format(min(t.day), '%Y-%m-%d') from point_daily_totals t
-           where t.generation = a.generation and t.day >= ? and t.updated_at >= ?) day,
+           where t.generation = ? and t.day >= ? and t.updated_at >= ?) day,
          (select min(t.created_at) from point_transactions t
-           where t.aggregated_in = a.generation and t.created_at >= ?) createdAt
-       from point_aggregation a where a.id = 1`,
-      [day, since ?? new Date(0), from],
+           where t.aggregated_in = ? and t.created_at >= ?) createdAt`,
+      [generation, day, since ?? new Date(0), generation, from],
     ),
   );
   return { day: row?.day ?? null, createdAt: row?.createdAt ?? null };
 }
 
-/** The totals of a day against the entries that they count. */
-export async function checkDay(database: Database, day: string, timeZone: string): Promise<Difference[]> {
+/** The totals of a day against the entries that they count; nothing where the generation does not count any more. */
+export async function checkDay(
+  database: Database,
+  day: string,
+  { generation, timeZone }: { generation: number; timeZone: string },
+): Promise<Difference[]> {
   const { from, until } = boundsOf(day, timeZone);
   type Row = { side: "total" | "ledger"; of: EntryKind; campaign: string } & Record<
     keyof ShownTotal,
@@ -339,7 +363,7 @@ export async function checkDay(database: Database, day: string, timeZone: string
     select<Row>(
       `select 'total' side, t.kind \`of\`, t.campaign, t.entries, t.points, t.users, t.late_ms_sum, t.late_ms_max
        from point_aggregation a join point_daily_totals t on t.generation = a.generation
-       where a.id = 1 and t.day = ?
+       where a.id = 1 and a.generation = ? and t.day = ?
        union all
        select 'ledger', kind, campaign, count(*), sum(point_amount), count(distinct user_id), sum(late_ms),
          greatest(0, max(late_ms))
@@ -350,9 +374,9 @@ export async function checkDay(database: Database, day: string, timeZone: string
          from point_aggregation a
          join point_transactions t force index (point_transactions_aggregated) on t.aggregated_in = a.generation
          left join point_reservations r on r.idempotency_key = t.idempotency_key
-         where a.id = 1 and t.created_at >= ? and t.created_at < ?
+         where a.id = 1 and a.generation = ? and t.created_at >= ? and t.created_at < ?
        ) entries group by kind, campaign`,
-      [day, `${DIRECT}%`, from, until],
+      [generation, day, `${DIRECT}%`, generation, from, until],
     ),
   );
   const pairs = new Map<string, { total?: Row; ledger?: Row }>();
@@ -395,9 +419,20 @@ export function checkOverdue(
       `select id reservation_id, user_id, status, execute_at, attempts, last_error, scan_at scanAt
        from point_reservations force index (point_reservations_scan_at)
        where scan_at >= ? and (scan_at > ? or id > ?) and scan_at <= now(3) + interval ? microsecond
-         and execute_at <= now(3) - interval ? microsecond
+         and greatest(execute_at, created_at) <= now(3) - interval ? microsecond
+         -- not what was FAILED, and somebody has just told to try again
+         and not (attempts = 0 and last_error is not null and status = 'PROCESSING')
+         and not (attempts = 0 and status = 'PENDING' and scan_at > now(3) - interval ? microsecond)
        order by scan_at, id limit ?`,
-      [after.scanAt, after.scanAt, after.id, (leaseMs + RETRY_MS) * 1_000, OVERDUE_MS * 1_000, PAGE],
+      [
+        after.scanAt,
+        after.scanAt,
+        after.id,
+        (leaseMs + RETRY_MS) * 1_000,
+        OVERDUE_MS * 1_000,
+        OVERDUE_MS * 1_000,
+        PAGE,
+      ],
     );
     const last = rows.at(-1);
     return {
@@ -469,11 +504,18 @@ export interface Reconciliation {
   differences: number;
 }
 
-/** MySQL's clock, and when the last run began that found nothing amiss. */
-export async function findLastClean(database: Database): Promise<{ now: Date; cleanAt: Date | null }> {
+/**
+ * MySQL's clock, and when the last run began that found nothing amiss; null where there was none, or where a full run has found
+ * something since that no full run has found mended: what it saw may be older than all that another one looks at.
+ */
+export async function findLastRuns(database: Database): Promise<{ now: Date; cleanAt: Date | null }> {
   const [row] = await database.run(({ select }) =>
     select<{ now: Date; cleanAt: Date | null }>(
-      "select now(3) now, (select max(started_at) from point_reconciliations where differences = 0) cleanAt",
+      `select now(3) now, if(
+         coalesce(max(if(is_full and differences > 0, started_at, null)), '1000-01-01')
+           > coalesce(max(if(is_full and differences = 0, started_at, null)), '1000-01-01'),
+         null, max(if(differences = 0, started_at, null))
+       ) cleanAt from point_reconciliations`,
     ),
   );
   if (!row) throw new Error("A SELECT without a table gave no row");
@@ -503,8 +545,8 @@ export interface BooksState {
 export async function findBooksState(database: Database): Promise<BooksState> {
   const [row] = await database.run(({ select }) =>
     select<BooksState>(
-      `select r.differences, r.finished_at reconciledAt, a.finished_at aggregatedAt
-       from point_aggregation a left join (
+      `select r.differences, r.finished_at reconciledAt, a.aggregated_at aggregatedAt
+       from point_aggregation_turns a left join (
          select differences, finished_at from point_reconciliations order by finished_at desc, id desc limit 1
        ) r on true where a.id = 1`,
     ),

@@ -64,10 +64,15 @@ export function plusDays(day: string, days: number): string {
   return Temporal.PlainDate.from(day).add({ days }).toString();
 }
 
+/** How many days there are from one to another, both included. */
+function countDays(from: string, to: string): number {
+  return Temporal.PlainDate.from(from).until(to).days + 1;
+}
+
 /** The days from one to another, both included. */
 export function daysBetween(from: string, to: string): string[] {
   const days: string[] = [];
-  for (let day = from; day <= to; day = plusDays(day, 1)) days.push(day);
+  for (let left = countDays(from, to); left > 0; left--) days.push(plusDays(from, days.length));
   return days;
 }
 
@@ -91,12 +96,13 @@ export function newDays(
   const first = from === undefined ? plusDays(last, 1 - DEFAULT_DAYS) : parseDay(from, places.from);
   const received = `received ${first} and ${last}`;
   const broken: BrokenRule[] = [];
-  if (first > last) {
+  const count = countDays(first, last);
+  if (count < 1) {
     broken.push({
       sentence: "from must not be after to",
       explanation: `${places.from} must not be after ${places.to}: ${received}`,
     });
-  } else if (plusDays(first, MAX_DAYS) <= last) {
+  } else if (count > MAX_DAYS) {
     broken.push({
       sentence: `days must be at most ${MAX_DAYS}`,
       explanation: `from ${places.from} to ${places.to} must be at most ${MAX_DAYS} days: ${received}`,

@@ -11,7 +11,7 @@ import {
   type Difference,
   estimateRows,
   findDay,
-  findLastClean,
+  findLastRuns,
   OVERDUE_MS,
   type Reconciliation,
   recordReconciliation,
@@ -23,11 +23,11 @@ import { readConfig, type Settings } from "./config.ts";
 import { type Database, DatabaseError, openDatabase } from "./database.ts";
 import { boundsOf, dayOf, plusDays } from "./day.ts";
 import { openProgress, runCommand } from "./terminal.ts";
-import { findAggregation } from "./total_repository.ts";
+import { type Aggregation, findAggregation } from "./total_repository.ts";
 
 /**
  * How far before the last clean run's beginning the next one looks, in milliseconds: a row bears the time of its statement,
- * and commits later; no transaction of ours lives for a minute.
+ * and commits later; no transaction that grants or changes points lives for a minute.
  */
 const MARGIN_MS = 600_000;
 /** The first moment that a DATETIME can hold. */
@@ -57,20 +57,23 @@ export async function reconcile(
   database: Database,
   { isFull = false, leaseMs, signal, onDifference, onPage }: ReconcileOptions,
 ): Promise<Reconciliation> {
-  const { now: startedAt, cleanAt } = await findLastClean(database);
+  const { now: startedAt, cleanAt } = await findLastRuns(database);
   const since = isFull || !cleanAt ? undefined : new Date(cleanAt.getTime() - MARGIN_MS);
   const found: Reconciliation = {
     ...{ isFull: since === undefined, startedAt },
     ...{ users: 0, reservations: 0, entries: 0, days: 0, differences: 0 },
   };
 
-  /** Users whose balance is known to be wrong: their entries may be on more than one page. */
+  /** Balances, reservations and entries that are known to be wrong: more than one page may come by them. */
   const wrong = new Set<string>();
 
   function isNew(difference: Difference): boolean {
-    if (difference.kind !== "balance") return true;
     const before = wrong.size;
-    return wrong.add(difference.user_id).size > before;
+    if (difference.kind === "balance") wrong.add(difference.user_id);
+    else if (difference.kind === "reservation") wrong.add(difference.reservation_id);
+    else if (difference.kind === "entry") wrong.add(difference.entries[0].transaction_id);
+    else return true;
+    return wrong.size > before;
   }
 
   async function take(differences: readonly Difference[], checked: number): Promise<void> {
@@ -106,7 +109,7 @@ export async function reconcile(
   for await (const day of daysOf(database, since)) {
     if (signal?.aborted) break;
     found.days++;
-    await take(await checkDay(database, day.name, day.timeZone), 1);
+    await take(await checkDay(database, day.name, day), 1);
   }
   await walk({ scanAt: EARLIEST, id: FIRST }, (after) => checkOverdue(database, { after, leaseMs }));
   if (!signal?.aborted) await recordReconciliation(database, found);
@@ -117,19 +120,20 @@ export async function reconcile(
 async function* daysOf(
   database: Database,
   since: Date | undefined,
-): AsyncGenerator<{ name: string; timeZone: string }> {
-  const { timeZone } = await findAggregation(database);
+): AsyncGenerator<{ name: string } & Aggregation> {
+  const aggregation = await findAggregation(database);
+  const { generation, timeZone } = aggregation;
   if (timeZone === "") return;
   let from = since ?? EARLIEST;
   let day = EARLIEST.toISOString().slice(0, 10);
   for (;;) {
-    const next = await findDay(database, { from, day, since });
+    const next = await findDay(database, { generation, from, day, since });
     const names = [next.day, next.createdAt && dayOf(next.createdAt, timeZone)].filter(
       (name) => name !== null,
     );
     const [name] = names.toSorted();
     if (name === undefined) return;
-    yield { name, timeZone };
+    yield { name, ...aggregation };
     day = plusDays(name, 1);
     const { until } = boundsOf(name, timeZone);
     if (until > from) from = until;
@@ -211,7 +215,7 @@ async function main(
   let repaired = 0;
   let printed = 0;
   if (json) process.stdout.write('{"differences":[');
-  using progress = openProgress("rows", await estimateRows(database));
+  const progress = openProgress("rows", await estimateRows(database));
   const found = await reconcile(database, {
     ...{ isFull: full, leaseMs: config.LEASE_MS },
     onPage: progress.add,
@@ -225,13 +229,15 @@ async function main(
         });
         if (repairOf instanceof DatabaseError) {
           outcome = { repaired: false };
-          note = " - cannot be repaired: a balance cannot hold that";
+          note = repairOf.isContended
+            ? " - not repaired, as somebody else holds it: run it again"
+            : " - cannot be repaired: a balance cannot hold that";
         } else {
           repaired++;
           outcome = { repaired: true };
           note = repairOf
             ? ` - repaired: ${repairOf.before ?? "none"} -> ${repairOf.after}`
-            : " - repaired by somebody else";
+            : " - by now the two agree";
         }
       }
       progress.clear();
@@ -240,6 +246,7 @@ async function main(
       printed++;
     },
   });
+  progress[Symbol.dispose]();
   const seconds = (performance.now() - startedAt) / 1_000;
   const { isFull, users, reservations, entries, days, differences } = found;
   if (json) {

@@ -75,8 +75,6 @@ export const pointAggregation = mysqlTable("point_aggregation", {
   id: tinyint("id").primaryKey(),
   generation: int("generation").notNull(),
   timeZone: text("time_zone", 64).notNull(),
-  heldUntil: time("held_until").notNull(),
-  finishedAt: time("finished_at"),
 });
 
 /** What the entries of a day, kind and campaign add up to. */

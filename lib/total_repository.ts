@@ -1,10 +1,13 @@
 import { and, asc, between, eq, lt, sql } from "drizzle-orm";
+import { v7 as uuidv7 } from "uuid";
 import type { Connection, Database } from "./database.ts";
-import { boundsOf, dayOf, daysBetween } from "./day.ts";
+import { boundsOf, dayOf } from "./day.ts";
 import { DomainError } from "./errors.ts";
 import { type EntryKind, kindOf } from "./point.ts";
 import { pointAggregation, type TotalRow, pointDailyTotals as totals } from "./schema.ts";
 
+/** Totals of which one statement asks who is counted: beyond some thousands MySQL would read all of them. */
+const SUMS = 500;
 /** Rows that one statement deletes. */
 const DELETE_PAGE = 10_000;
 /** How long a day may take to be set back, in milliseconds: millions of entries are marked in one transaction. */
@@ -69,11 +72,19 @@ export function countEntries(
   });
 }
 
-/** The generation that counts, held until the transaction ends: nobody makes the totals anew meanwhile. */
-async function holdGeneration(connection: Connection, timeZone: string): Promise<number> {
+/**
+ * The generation that counts, held until the transaction ends: nobody makes totals void meanwhile, or, where it is held alone,
+ * nobody counts.
+ */
+async function holdGeneration(
+  connection: Connection,
+  timeZone: string,
+  { alone = false } = {},
+): Promise<number> {
   // Not `for share`, which MariaDB does not know.
   const [state] = await connection.select<{ generation: number; timeZone: string }>(
-    "select generation, time_zone timeZone from point_aggregation where id = 1 lock in share mode",
+    `select generation, time_zone timeZone from point_aggregation where id = 1
+     ${alone ? "for update" : "lock in share mode"}`,
   );
   if (!state) throw new Error("point_aggregation has lost its row");
   if (state.timeZone !== timeZone) {
@@ -162,20 +173,26 @@ async function findCounted(
 ): Promise<Set<string>> {
   // Written out, as MariaDB finds no range in `(a, b) in ((?, ?), …)`.
   const ofOne = "(generation = ? and day = ? and kind = ? and campaign = ? and user_id in (?))";
-  const rows = await connection.select<{ name: string }>(
-    `select concat_ws(' ', day, kind, campaign, user_id) name from point_daily_users
-     where ${sums.map(() => ofOne).join(" or ")}`,
-    sums.flatMap(({ day, kind, campaign, userIds }) => [generation, day, kind, campaign, [...userIds]]),
-  );
-  return new Set(rows.map(({ name }) => name));
+  const names = new Set<string>();
+  for (let at = 0; at < sums.length; at += SUMS) {
+    const some = sums.slice(at, at + SUMS);
+    const rows = await connection.select<{ name: string }>(
+      `select concat_ws(' ', day, kind, campaign, user_id) name from point_daily_users
+       where ${some.map(() => ofOne).join(" or ")}`,
+      some.flatMap(({ day, kind, campaign, userIds }) => [generation, day, kind, campaign, [...userIds]]),
+    );
+    for (const { name } of rows) names.add(name);
+  }
+  return names;
 }
 
 /** How many ledger entries no total holds yet. */
 export async function countWaiting(database: Database): Promise<number> {
+  const { generation } = await findAggregation(database);
   const [row] = await database.run((connection) =>
     connection.select<{ entries: number }>(
-      `select count(*) entries from point_transactions
-       where aggregated_in < (select generation from point_aggregation where id = 1)`,
+      "select count(*) entries from point_transactions where aggregated_in < ?",
+      [generation],
     ),
   );
   return Number(row?.entries ?? 0);
@@ -190,15 +207,20 @@ export async function chooseTimeZone(database: Database, timeZone: string): Prom
 
 /** Makes all totals void, in one step: every entry is to be counted again, by the days of this zone. */
 export async function startGeneration(database: Database, timeZone: string): Promise<void> {
-  await database.run(({ execute }) =>
-    execute("update point_aggregation set generation = generation + 1, time_zone = ? where id = 1", [
+  await database.transaction(async ({ execute }) => {
+    await execute("update point_aggregation set generation = generation + 1, time_zone = ? where id = 1", [
       timeZone,
-    ]),
-  );
+    ]);
+    await execute(UNFINISHED);
+  });
 }
 
+// Where whoever began it dies, a scheduler goes on with it, and not only in an hour.
+const UNFINISHED = "update point_aggregation_turns set finished_at = null, aggregated_at = null where id = 1";
+
 /**
- * Makes the totals of a day void: its entries are to be counted again. One transaction, so that none of them counts twice.
+ * Makes the totals of a day void: its entries are to be counted again. One transaction in which nobody counts, so that none of
+ * them counts twice.
  *
  * @throws {DomainError} TIME_ZONE where the totals are by the days of another zone
  */
@@ -206,8 +228,7 @@ export async function resetDay(database: Database, day: string, timeZone: string
   const { from, until } = boundsOf(day, timeZone);
   await database.transaction(
     async (connection) => {
-      const generation = await holdGeneration(connection, timeZone);
-      // The totals first, as the count does: it waits, or is through.
+      const generation = await holdGeneration(connection, timeZone, { alone: true });
       for (const table of ["point_daily_totals", "point_daily_users"]) {
         await connection.execute(`delete from ${table} where generation = ? and day = ?`, [generation, day]);
       }
@@ -217,6 +238,7 @@ export async function resetDay(database: Database, day: string, timeZone: string
          where aggregated_in = ? and created_at >= ? and created_at < ?`,
         [generation, from, until],
       );
+      await connection.execute(UNFINISHED);
     },
     { workMs: RESET_MS },
   );
@@ -224,64 +246,98 @@ export async function resetDay(database: Database, day: string, timeZone: string
 
 /** Deletes what is left of totals that do not count any more, a page at a time. */
 export async function deleteOldGenerations(database: Database): Promise<void> {
+  const { generation } = await findAggregation(database);
   for (const table of ["point_daily_users", "point_daily_totals"]) {
     let deleted: number;
     do {
       ({ affectedRows: deleted } = await database.run(({ execute }) =>
-        execute(
-          `delete from ${table} where generation < (select generation from point_aggregation where id = 1) limit ?`,
-          [DELETE_PAGE],
-        ),
+        execute(`delete from ${table} where generation < ? limit ?`, [generation, DELETE_PAGE]),
       ));
     } while (deleted === DELETE_PAGE);
   }
 }
 
+/** Notes that all that was there is counted. */
+export async function noteAggregated(database: Database): Promise<void> {
+  await database.run(({ execute }) =>
+    execute("update point_aggregation_turns set aggregated_at = now(3) where id = 1"),
+  );
+}
+
 /** How long nobody else takes the turn of one who has not been heard of, in milliseconds. */
 const HOLD_MS = 60_000;
 
-/** Takes the turn to aggregate where it is due and nobody else has it: one conditional UPDATE, whoever comes. */
-export async function takeTurn(database: Database, { intervalMs }: { intervalMs: number }): Promise<boolean> {
+/**
+ * Takes the turn to keep the books where it is due and nobody else has it: one conditional UPDATE, whoever comes.
+ *
+ * @returns by what the turn is known; undefined where it is not ours
+ */
+export async function takeTurn(
+  database: Database,
+  { intervalMs }: { intervalMs: number },
+): Promise<string | undefined> {
+  const turn = uuidv7();
   const { affectedRows } = await database.run(({ execute }) =>
     execute(
-      `update point_aggregation set held_until = now(3) + interval ? microsecond
+      `update point_aggregation_turns set held_by = ?, held_until = now(3) + interval ? microsecond
        where id = 1 and held_until <= now(3)
          and (finished_at is null or finished_at <= now(3) - interval ? microsecond)`,
-      [HOLD_MS * 1_000, intervalMs * 1_000],
+      [turn, HOLD_MS * 1_000, intervalMs * 1_000],
     ),
   );
-  return affectedRows === 1;
+  return affectedRows === 1 ? turn : undefined;
 }
 
 /** Keeps the turn for another minute. */
-export async function keepTurn(database: Database): Promise<void> {
+export async function keepTurn(database: Database, turn: string): Promise<void> {
   await database.run(({ execute }) =>
-    execute("update point_aggregation set held_until = now(3) + interval ? microsecond where id = 1", [
-      HOLD_MS * 1_000,
-    ]),
+    execute(
+      "update point_aggregation_turns set held_until = now(3) + interval ? microsecond where id = 1 and held_by = ?",
+      [HOLD_MS * 1_000, turn],
+    ),
   );
 }
 
-/** Gives the turn back: all that was there is counted. */
-export async function finishTurn(database: Database): Promise<void> {
+/**
+ * Gives the turn back.
+ *
+ * @param options.isFinished whether the next one is due an interval from now, and not at once
+ */
+export async function endTurn(
+  database: Database,
+  turn: string,
+  { isFinished }: { isFinished: boolean },
+): Promise<void> {
+  const finished = isFinished ? ", finished_at = now(3)" : "";
   await database.run(({ execute }) =>
-    execute("update point_aggregation set held_until = now(3), finished_at = now(3) where id = 1"),
+    execute(
+      `update point_aggregation_turns set held_by = null, held_until = now(3)${finished} where id = 1 and held_by = ?`,
+      [turn],
+    ),
   );
 }
 
-/** What is known of the totals as a whole. */
+/** Which totals count. */
 export interface Aggregation {
   generation: number;
   /** Empty until something was counted. */
   timeZone: string;
-  /** When a scheduler's run had last counted all that was there; null before the first. */
-  finishedAt: Date | null;
 }
 
 export async function findAggregation(database: Database): Promise<Aggregation> {
   const [state] = await database.run(({ drizzle }) => drizzle.select().from(pointAggregation));
   if (!state) throw new Error("point_aggregation has lost its row");
   return state;
+}
+
+/** When a run had last counted all that was there; null before the first, and while totals are made anew. */
+export async function findAggregatedAt(database: Database): Promise<Date | null> {
+  const [turn] = await database.run(({ select }) =>
+    select<{ aggregatedAt: Date | null }>(
+      "select aggregated_at aggregatedAt from point_aggregation_turns where id = 1",
+    ),
+  );
+  return turn?.aggregatedAt ?? null;
 }
 
 export interface TotalsOptions {
@@ -315,31 +371,30 @@ export function findTotals(
   );
 }
 
-/** All points of all users at the end of each of some days, by the totals. */
-export async function findBalances(
+/** All points of all users when a day began, by the totals. */
+export async function findPointsBefore(
   database: Database,
-  { generation, from, to }: Pick<TotalsOptions, "generation" | "from" | "to">,
-): Promise<{ day: string; pointNum: bigint }[]> {
-  const points = sql<bigint>`coalesce(sum(${totals.points}), 0)`.mapWith(BigInt);
-  const [[before], changes] = await Promise.all([
-    database.run(({ drizzle }) =>
-      drizzle
-        .select({ points })
-        .from(totals)
-        .where(and(eq(totals.generation, generation), lt(totals.day, from))),
-    ),
-    database.run(({ drizzle }) =>
-      drizzle
-        .select({ day: totals.day, points })
-        .from(totals)
-        .where(and(eq(totals.generation, generation), between(totals.day, from, to)))
-        .groupBy(totals.day),
-    ),
-  ]);
-  const changeByDay = new Map(changes.map((change) => [change.day, change.points]));
-  let pointNum = before?.points ?? 0n;
-  return daysBetween(from, to).map((day) => {
-    pointNum += changeByDay.get(day) ?? 0n;
+  { generation, day }: { generation: number; day: string },
+): Promise<bigint> {
+  const [before] = await database.run(({ drizzle }) =>
+    drizzle
+      .select({ points: sql<bigint>`coalesce(sum(${totals.points}), 0)`.mapWith(BigInt) })
+      .from(totals)
+      .where(and(eq(totals.generation, generation), lt(totals.day, day))),
+  );
+  return before?.points ?? 0n;
+}
+
+/** All points of all users at the end of each day, by what they were before and by all totals of the days. */
+export function balancesOf(
+  rows: readonly TotalRow[],
+  { days, before }: { days: readonly string[]; before: bigint },
+): { day: string; pointNum: bigint }[] {
+  const changes = new Map<string, bigint>();
+  for (const { day, points } of rows) changes.set(day, (changes.get(day) ?? 0n) + points);
+  let pointNum = before;
+  return days.map((day) => {
+    pointNum += changes.get(day) ?? 0n;
     return { day, pointNum };
   });
 }

@@ -7,7 +7,7 @@ import { DomainError } from "./errors.ts";
 import { parseCampaign } from "./reservation.ts";
 import type { TotalRow } from "./schema.ts";
 import { drawBars, runCommand } from "./terminal.ts";
-import { findAggregation, findBalances, findTotals } from "./total_repository.ts";
+import { balancesOf, findAggregation, findPointsBefore, findTotals } from "./total_repository.ts";
 
 /** The most totals of one table. */
 const MAX_TOTALS = 10_000;
@@ -30,14 +30,18 @@ function pointsByDay(rows: readonly TotalRow[], days: readonly string[]) {
   return [...sums].map(([day, sum]) => ({ day, ...sum }));
 }
 
-/** The table and the bars. */
+/**
+ * The table and the bars.
+ *
+ * @param options.before what all users had when the days began; undefined where the rows are not all of them
+ */
 export function showTotals(
   rows: readonly TotalRow[],
-  { days, balances }: { days: readonly string[]; balances: readonly { day: string; pointNum: bigint }[] },
+  { days, before }: { days: readonly string[]; before: bigint | undefined },
 ): string {
   const table = rows.map((row) => ({ ...totalOf(row), points: String(row.points), campaign: row.campaign }));
   const bars = pointsByDay(rows, days).map(({ day, came }) => ({ label: day, value: came }));
-  const last = balances.at(-1);
+  const last = before === undefined ? undefined : balancesOf(rows, { days, before }).at(-1);
   return [
     Bun.inspect.table(table),
     "Points granted and added by day",
@@ -60,7 +64,8 @@ async function main(
     campaign: campaign === undefined ? undefined : parseCampaign(campaign),
   };
   const rows = await findTotals(database, { ...wanted, limit: MAX_TOTALS });
-  const balances = campaign === undefined ? await findBalances(database, wanted) : [];
+  const before =
+    campaign === undefined ? await findPointsBefore(database, { generation, day: days.from }) : undefined;
   await database.close();
   if (rows.length > MAX_TOTALS) {
     throw new DomainError(
@@ -68,7 +73,12 @@ async function main(
       `These are more than ${MAX_TOTALS} totals: ask for fewer days, or one campaign`,
     );
   }
-  console.log(showTotals(rows, { days: daysBetween(days.from, days.to), balances }));
+  console.log(
+    showTotals(rows, {
+      days: daysBetween(days.from, days.to),
+      before,
+    }),
+  );
   console.log(timeZone ? `Days of ${timeZone}` : "Nothing was counted yet: `bun run aggregate` does");
   return 0;
 }

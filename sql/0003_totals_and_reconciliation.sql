@@ -7,14 +7,26 @@ create table if not exists point_aggregation (
   generation int not null default 1,
   -- whose days the totals are of; empty until something is counted
   time_zone varchar(64) character set ascii collate ascii_bin not null default '',
-  -- one scheduler at a time: until then somebody else is at it
-  held_until datetime(3) not null default '1970-01-01 00:00:00.000',
-  finished_at datetime(3) null,
   primary key (id),
   constraint point_aggregation_one_row check (id = 1)
 ) engine = InnoDB default character set ascii collate ascii_bin;
 
 insert into point_aggregation (id) values (1) on duplicate key update id = id;
+
+-- Whose turn it is to keep the books. Apart from the row above, which is locked for as long as a day is set back.
+create table if not exists point_aggregation_turns (
+  id tinyint not null default 1,
+  -- one scheduler at a time: until then it is the turn of this one
+  held_by char(36) character set ascii collate ascii_bin null,
+  held_until datetime(3) not null default '1970-01-01 00:00:00.000',
+  finished_at datetime(3) null,
+  -- when all that was there had been counted
+  aggregated_at datetime(3) null,
+  primary key (id),
+  constraint point_aggregation_turns_one_row check (id = 1)
+) engine = InnoDB default character set ascii collate ascii_bin;
+
+insert into point_aggregation_turns (id) values (1) on duplicate key update id = id;
 
 create table if not exists point_daily_totals (
   generation int not null,
@@ -56,8 +68,6 @@ create table if not exists point_reconciliations (
   days bigint not null,
   differences bigint not null,
   primary key (id),
-  -- findLastClean(): since when everything agreed
-  key point_reconciliations_clean (differences, started_at),
   -- findBooksState(): how the last run ended
   key point_reconciliations_finished (finished_at)
 ) engine = InnoDB default character set ascii collate ascii_bin;
@@ -97,7 +107,7 @@ set @statement = if(
   ),
   'do 0',
   'alter table point_transactions
-     -- countEntries(): what no total holds yet; compareDay(): what the totals of a day hold; checkRecentEntries()
+     -- countEntries(): what no total holds yet; checkDay(): what the totals of a day hold; checkRecentEntries()
      add key point_transactions_aggregated (aggregated_in, created_at),
      algorithm = inplace, lock = none'
 );

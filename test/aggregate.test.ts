@@ -7,8 +7,7 @@ import { changePoints } from "../lib/point_repository.ts";
 import {
   countEntries,
   countWaiting,
-  findAggregation,
-  finishTurn,
+  endTurn,
   keepTurn,
   resetDay,
   startGeneration,
@@ -32,9 +31,9 @@ beforeEach(async () => {
   ]) {
     await db.query(`delete from ${table}`);
   }
-  await db.query(
-    "update point_aggregation set generation = 1, time_zone = '', finished_at = null, held_until = '1970-01-01'",
-  );
+  await db.query("update point_aggregation set generation = 1, time_zone = ''");
+  await db.query("delete from point_aggregation_turns");
+  await db.query("insert into point_aggregation_turns (id) values (1)");
 });
 
 /** What a day is in MySQL's own arithmetic, which knows no zone by its name here. */
@@ -92,6 +91,10 @@ function momentOf(random: Random): Date {
   const near = Date.parse(random.pick(edges)) + random.pick([-1, 0, 1, -3_600_000, 3_600_000, 7, -7]);
   const anywhere = Date.UTC(2026, 0, 1) + random.below(365 * 86_400_000);
   return new Date(random.below(4) === 0 ? anywhere : near);
+}
+
+function dayNear(random: Random): string {
+  return momentOf(random).toISOString().slice(0, 10);
 }
 
 /** Ledger entries of any kind, with the reservations of the grants; none of the program's own code. */
@@ -199,7 +202,15 @@ describe("aggregate() gives what a plain GROUP BY over the whole ledger gives", 
           await expectExact(timeZone);
         },
         async "a day anew"() {
-          await resetDay(db.database, momentOf(random).toISOString().slice(0, 10), timeZone);
+          await resetDay(db.database, dayNear(random), timeZone);
+        },
+        async "a day anew, twice and while others count"() {
+          await using another = openAnother(db);
+          const day = dayNear(random);
+          const anew = [db.database, another].map((one) => resetDay(one, day, timeZone));
+          await Promise.all([...anew, run(), aggregate(another, { timeZone })]);
+          await run();
+          await expectExact(timeZone);
         },
         async "all anew"() {
           if (random.below(3) === 0) await startGeneration(db.database, timeZone);
@@ -309,6 +320,31 @@ describe("bun run aggregate", () => {
     await expectExact("UTC");
   }, 60_000);
 
+  test("makes a day anew where nothing was ever counted", async () => {
+    const writer = await connectTo(db.url);
+    await addEntries(writer, randomOf(5), 10);
+    await writer.end();
+    expect(await runCommand(["--from", "2026-03-08", "--to", "2026-03-08"]).exited).toBe(0);
+    await expectExact("UTC");
+  }, 20_000);
+
+  test("counts a page in which every entry is of a campaign of its own", async () => {
+    const campaigns = Array.from({ length: 3_000 }, (_, index) => [
+      ...[crypto.randomUUID(), `User${index}`, 1, "2026-01-01", `key-${index}`, `campaign-${index}`, "DONE"],
+    ]);
+    await db.query(
+      `insert into point_reservations
+       (id, user_id, point_amount, execute_at, idempotency_key, campaign, status) values ?`,
+      [campaigns],
+    );
+    await db.query(
+      `insert into point_transactions (id, idempotency_key, user_id, point_amount)
+       select uuid(), idempotency_key, user_id, point_amount from point_reservations`,
+    );
+    expect(await aggregate(db.database, { timeZone: "UTC" })).toBe(3_000);
+    await expectExact("UTC");
+  }, 30_000);
+
   test("does not mix the days of two zones: another one is refused until --rebuild", async () => {
     const writer = await connectTo(db.url);
     await addEntries(writer, randomOf(3), 30);
@@ -352,22 +388,34 @@ describe("takeTurn()", () => {
 
   test("gives it to one of many, until it is finished and the interval is over", async () => {
     const turns = await Promise.all(Array.from({ length: 8 }, () => takeTurn(db.database, HOUR)));
-    expect(turns.filter(Boolean)).toHaveLength(1);
-    await keepTurn(db.database);
-    expect(await takeTurn(db.database, HOUR)).toBe(false);
-    await finishTurn(db.database);
-    expect(await takeTurn(db.database, HOUR)).toBe(false);
-    expect((await findAggregation(db.database)).finishedAt).toBeInstanceOf(Date);
-    expect(await takeTurn(db.database, { intervalMs: 1 })).toBe(true);
+    const [turn = "", ...others] = turns.filter((one) => one !== undefined);
+    expect([turn.length, others]).toEqual([36, []]);
+    await keepTurn(db.database, turn);
+    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+    // Nobody ends another one's.
+    await endTurn(db.database, crypto.randomUUID(), { isFinished: true });
+    expect(await takeTurn(db.database, { intervalMs: 0 })).toBeUndefined();
+    await endTurn(db.database, turn, { isFinished: true });
+    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+    expect(await takeTurn(db.database, { intervalMs: 1 })).toBeDefined();
   });
 
-  test("gives it again where the one who had it has not been heard of for a minute", async () => {
-    expect(await takeTurn(db.database, HOUR)).toBe(true);
+  test("gives it again at once where it was given back unfinished", async () => {
+    const turn = (await takeTurn(db.database, HOUR)) ?? "";
+    await endTurn(db.database, turn, { isFinished: false });
+    expect(await takeTurn(db.database, HOUR)).toBeDefined();
+  });
+
+  test("gives it again where the one who had it has not been heard of for a minute, and takes no word of that one", async () => {
+    const lapsed = (await takeTurn(db.database, HOUR)) ?? "";
     const [left] = await db.query<{ seconds: number }>(
-      "select timestampdiff(second, now(3), held_until) seconds from point_aggregation",
+      "select timestampdiff(second, now(3), held_until) seconds from point_aggregation_turns",
     );
-    expect([58, 59, 60]).toContain(left?.seconds ?? 0);
-    await db.query("update point_aggregation set held_until = now(3)");
-    expect(await takeTurn(db.database, HOUR)).toBe(true);
+    expect(left?.seconds).toBeWithin(30, 61);
+    await db.query("update point_aggregation_turns set held_until = now(3)");
+    expect(await takeTurn(db.database, HOUR)).toBeDefined();
+    await keepTurn(db.database, lapsed);
+    await endTurn(db.database, lapsed, { isFinished: false });
+    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
   });
 });

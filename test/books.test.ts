@@ -29,9 +29,9 @@ beforeEach(async () => {
   ]) {
     await db.query(`delete from ${table}`);
   }
-  await db.query(
-    "update point_aggregation set time_zone = '', finished_at = null, held_until = '1970-01-01'",
-  );
+  await db.query("update point_aggregation set time_zone = ''");
+  await db.query("delete from point_aggregation_turns");
+  await db.query("insert into point_aggregation_turns (id) values (1)");
 });
 
 const CONFIG = { AGGREGATE_INTERVAL_MS: 3_600_000, AGGREGATE_TIME_ZONE: "UTC", LEASE_MS: 15_000 };
@@ -66,7 +66,7 @@ describe("keepBooks()", () => {
     const early = keep();
     await early.kept;
     expect(early.log).toEqual([]);
-    await db.query("update point_aggregation set finished_at = now(3) - interval 1 hour");
+    await db.query("update point_aggregation_turns set finished_at = now(3) - interval 1 hour");
     const next = keep();
     await next.kept;
     expect(next.log).toMatchObject([{ counted: 1, differences: 0 }]);
@@ -92,7 +92,6 @@ describe("keepBooks()", () => {
     await kept;
     expect(log).toEqual([]);
     expect(await db.query("select 1 from point_reconciliations")).toEqual([]);
-    await db.query("update point_aggregation set held_until = now(3)");
     const next = keep();
     await next.kept;
     expect(next.log).toMatchObject([{ counted: 1 }]);
@@ -155,11 +154,18 @@ describe("scheduler.ts", () => {
     const other = openDatabase(pipeline.test.url);
     const gate = Promise.withResolvers<void>();
     const locked = Promise.withResolvers<void>();
-    const holding = other.transaction(async (connection) => {
-      await connection.execute("update point_aggregation set time_zone = 'Asia/Tokyo'");
-      locked.resolve();
-      await gate.promise;
-    });
+    const holding = other.transaction(
+      async (connection) => {
+        await connection.execute("update point_aggregation set time_zone = 'Asia/Tokyo'");
+        locked.resolve();
+        // MySQL ends a session that stands still in a transaction.
+        for (let isOver = false; !isOver; ) {
+          isOver = await Promise.race([gate.promise.then(() => true), Bun.sleep(1_000).then(() => false)]);
+          await connection.select("select 1");
+        }
+      },
+      { workMs: 60_000 },
+    );
     await locked.promise;
     const scheduler = await pipeline.start("scheduler", {
       SCAN_INTERVAL_MS: "50",

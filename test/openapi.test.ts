@@ -247,7 +247,7 @@ async function seed(): Promise<void> {
       [TOTALS],
     );
     await connection.execute(
-      "update point_aggregation set time_zone = 'Asia/Tokyo', finished_at = '2026-02-01 00:00:00'",
+      "update point_aggregation a, point_aggregation_turns t set a.time_zone = 'Asia/Tokyo', t.aggregated_at = '2026-02-01'",
     );
   });
 }

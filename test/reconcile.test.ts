@@ -29,7 +29,7 @@ function change(userId: string, pointAmount: number) {
   return changePoints(db.database, [{ idempotencyKey, userId, pointAmount }]);
 }
 
-/** Some of everything, counted, and all of it right. */
+/** Some of everything, counted, all of it right, and so old that only a full run looks at it again. */
 async function fill(): Promise<Reservation[]> {
   const granted: Reservation[] = [];
   for (const userId of ["Ann", "Bob", "Cat", "Ann"])
@@ -37,7 +37,14 @@ async function fill(): Promise<Reservation[]> {
   await change("Ann", 50);
   await change("Ann", -20);
   for (const status of ["PENDING", "FAILED", "CANCELLED"] as const) await insertReservation(db, { status });
+  await db.query("update point_transactions set created_at = '2026-01-01 12:00:00'");
+  await db.query(
+    `update point_reservations set created_at = '2026-01-01', updated_at = '2026-01-01',
+       execute_at = if(status = 'DONE', '2026-01-01 11:59:59', execute_at)`,
+  );
+  await db.query("update point_root set updated_at = '2026-01-01'");
   await aggregate(db.database, { timeZone: "UTC" });
+  await db.query("update point_daily_totals set updated_at = '2026-01-01'");
   return granted;
 }
 
@@ -77,6 +84,13 @@ async function insertEntry(
     [[id, key, userId, points, time]],
   );
   return id;
+}
+
+/** Reserved an hour ago, due minutes ago, and still open. */
+async function insertLate(fields: Parameters<typeof insertReservation>[1]) {
+  const executeAt = new Date(Date.now() - 400_000);
+  const { id } = await insertReservation(db, { userId: "Late", executeAt, ...fields });
+  await db.query("update point_reservations set created_at = now(3) - interval 1 hour where id = ?", [id]);
 }
 
 type Plant = (granted: Reservation[]) => Promise<unknown>;
@@ -185,24 +199,23 @@ const PLANTS: [name: string, plant: Plant, kinds: string[], says: RegExp][] = [
   ],
   [
     "a reservation that nobody looks at",
-    () => insertReservation(db, { userId: "Late", executeAt: new Date(Date.now() - 400_000) }),
+    () => insertLate({}),
     ["overdue"],
     /^reservation \S+ of Late is overdue: PENDING since \d{4}-.*, 0 attempts$/m,
   ],
   [
     "a reservation that is claimed again and again",
-    () =>
-      insertReservation(db, {
-        ...{ userId: "Late", status: "PROCESSING" },
-        ...{ executeAt: new Date(Date.now() - 400_000), scanAt: new Date(Date.now() + LEASE_MS) },
-      }),
+    () => insertLate({ status: "PROCESSING", scanAt: new Date(Date.now() + LEASE_MS) }),
     ["overdue"],
     /^reservation \S+ of Late is overdue: PROCESSING since /m,
   ],
 ];
 
-/** What leaves no row behind that was changed since, so that only a full run can find it. */
-const ONLY_FULL = ["a balance that is not there"];
+/** What leaves no row behind that says that it was changed since: a row that was deleted, or an old entry that was changed. */
+const ONLY_FULL = [
+  ...["a balance that is not there", "a ledger entry that is missing", "a total that is not there"],
+  ...["a ledger entry of another amount", "a ledger entry of another user"],
+];
 
 describe("reconcile() finds and names", () => {
   test("nothing where all is right, and says how much it has checked", async () => {
@@ -211,13 +224,7 @@ describe("reconcile() finds and names", () => {
     expect(found).toMatchObject({
       ...{ isFull: true, users: 3, reservations: 7, entries: 6, days: 1, differences: 0 },
     });
-    const again = await reconcile(db.database, { leaseMs: LEASE_MS });
-    expect(again).toMatchObject({ isFull: false, users: 3, reservations: 7, entries: 6, days: 1 });
-    // Long ago: nothing is looked at that was not changed since.
-    for (const table of ["point_root", "point_reservations", "point_daily_totals"]) {
-      await db.query(`update ${table} set updated_at = '2026-01-01'`);
-    }
-    await db.query("update point_transactions set created_at = '2026-01-01 12:00:00'");
+    // Nothing is looked at that was not changed since.
     expect(await reconcile(db.database, { leaseMs: LEASE_MS })).toMatchObject({
       ...{ isFull: false, users: 0, reservations: 0, entries: 0, days: 0, differences: 0 },
     });
@@ -230,7 +237,7 @@ describe("reconcile() finds and names", () => {
     const found = await findAll({ isFull: true });
     expect(found.map(({ kind }) => kind)).toEqual(kinds as never);
     expect(found.map(describeDifference).join("\n")).toMatch(says);
-    // And again, until it is mended.
+    // And again, until it is mended: the next run is a full one too.
     expect(await findAll()).toHaveLength(kinds.length);
   });
 
@@ -248,10 +255,55 @@ describe("reconcile() finds and names", () => {
 
   test("an entry whose balance was forgotten, though nothing else of its user was changed lately", async () => {
     await fill();
-    await db.query("update point_root set updated_at = '2026-01-01'");
     expect(await findAll()).toEqual([]);
     await insertEntry("Bob", 9, { key: "direct:forgotten" });
     expect(await findAll()).toMatchObject([{ kind: "balance", user_id: "Bob", balance: 100n, ledger: 109n }]);
+  });
+
+  test("a reservation that was DONE and is not any more, though its entry is old; once, though two pages come by it", async () => {
+    const [first] = await fill();
+    expect(await findAll()).toEqual([]);
+    await db.query("update point_reservations set status = 'CANCELLED' where id = ?", [first?.id]);
+    expect(await findAll()).toMatchObject([{ kind: "entry", reservation_id: first?.id }]);
+    await db.query("update point_transactions set created_at = now(3) where idempotency_key = ?", [
+      first?.idempotencyKey,
+    ]);
+    expect((await findAll()).filter(({ kind }) => kind === "entry")).toHaveLength(1);
+  });
+
+  test("nothing overdue in what was reserved, or is tried again, just now for a time long past", async () => {
+    await fill();
+    const longAgo = new Date("2026-01-01");
+    await insertReservation(db, { executeAt: longAgo });
+    for (const status of ["PENDING", "PROCESSING"] as const) {
+      const { id } = await insertReservation(db, { executeAt: longAgo, status, scanAt: new Date() });
+      await db.query("update point_reservations set created_at = ?, last_error = 'full' where id = ?", [
+        longAgo,
+        id,
+      ]);
+    }
+    expect(await findAll()).toEqual([]);
+  });
+
+  test("what a full run has found in every run, until a full run has found it mended", async () => {
+    await fill();
+    expect(await findAll()).toEqual([]);
+    await db.query(
+      "update point_root set point_num = point_num + 1, updated_at = '2026-01-01' where user_id = 'Ann'",
+    );
+    // Nothing says that it was changed.
+    expect(await findAll()).toEqual([]);
+    expect(await findAll({ isFull: true })).toHaveLength(1);
+    expect(await findAll()).toHaveLength(1);
+    await db.query(
+      "update point_root set point_num = point_num - 1, updated_at = '2026-01-01' where user_id = 'Ann'",
+    );
+    const { isFull, differences } = await reconcile(db.database, { leaseMs: LEASE_MS });
+    expect([isFull, differences]).toEqual([true, 0]);
+    expect(await reconcile(db.database, { leaseMs: LEASE_MS })).toMatchObject({
+      isFull: false,
+      differences: 0,
+    });
   });
 
   test("differences beyond the first page of each kind", async () => {

@@ -66,7 +66,8 @@ describe("GET /point/totals", () => {
     const response = await send("/point/totals?from=2026-03-01&to=2026-03-05");
     expect(response.status).toBe(200);
     expect(await response.json()).toEqual({
-      ...{ time_zone: "Asia/Tokyo", from: "2026-03-01", to: "2026-03-05", aggregated_at: null },
+      ...{ time_zone: "Asia/Tokyo", from: "2026-03-01", to: "2026-03-05" },
+      aggregated_at: expect.any(String),
       totals: TOTALS,
       balances: [
         { day: "2026-03-01", point_num: 100 },
