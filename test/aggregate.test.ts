@@ -14,7 +14,7 @@ import {
   takeTurn,
 } from "../lib/total_repository.ts";
 import { type Random, randomOf } from "./faults_random.ts";
-import { createTestDatabase, insertReservation, type TestDatabase, until } from "./harness.ts";
+import { countReads, createTestDatabase, insertReservation, type TestDatabase, until } from "./harness.ts";
 import { openAnother, processReservations } from "./pipeline.ts";
 import { type Moment, startProxy } from "./proxy.ts";
 
@@ -257,6 +257,28 @@ describe("aggregate() gives what a plain GROUP BY over the whole ledger gives", 
     expect(entries).toBe(80);
   }, 30_000);
 });
+
+test("aggregate() costs what is new, however large the ledger is", async () => {
+  const single = openDatabase(db.url, { connections: 1 });
+  const writer = await connectTo(db.url);
+  const random = randomOf(6);
+  const reads: number[] = [];
+  for (const before of [100, 3_000]) {
+    await addEntries(writer, random, before);
+    await aggregate(db.database, { timeZone: "UTC" });
+    await addEntries(writer, random, 20);
+    reads.push(
+      await countReads(single, async (database) => {
+        expect(await aggregate(database, { timeZone: "UTC" })).toBe(20);
+      }),
+    );
+  }
+  await Promise.all([single.close(), writer.end()]);
+  const [few = 0, many = 0] = reads;
+  expect(few).toBeGreaterThan(20);
+  // Which totals and users the new ones meet differs a little.
+  expect(many).toBeLessThan(few + 100);
+}, 20_000);
 
 describe("bun run aggregate", () => {
   test.each<[string, RegExp, Moment]>([

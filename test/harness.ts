@@ -201,3 +201,25 @@ export async function startService(
   }
   return service;
 }
+
+/**
+ * How many rows and entries of indexes and temporary tables the server reads for some work.
+ *
+ * @param single a pool of one connection: the counters are the session's
+ */
+export async function countReads(
+  single: Database,
+  work: (database: Database) => Promise<unknown>,
+): Promise<number> {
+  const count = async () => {
+    const counters = await single.run(({ select }) =>
+      select<{ Value: string }>("show session status where variable_name like 'Handler_read%'"),
+    );
+    return counters.reduce((sum, { Value }) => sum + Number(Value), 0);
+  };
+  await count();
+  const [first, second] = [await count(), await count()];
+  await work(single);
+  // Reading the counters counts as well.
+  return (await count()) - second - (second - first);
+}

@@ -22,7 +22,7 @@ import {
   patchReservation,
   retryReservation,
 } from "../lib/reservation_repository.ts";
-import { createTestDatabase, reservationOf, type TestDatabase, until } from "./harness.ts";
+import { countReads, createTestDatabase, reservationOf, type TestDatabase, until } from "./harness.ts";
 import { insertReservations, processReservations } from "./pipeline.ts";
 
 let db: TestDatabase;
@@ -203,19 +203,8 @@ async function expectServed(
   return plan;
 }
 
-/** How many rows and entries of indexes and temporary tables the server reads for some work. */
-async function readsOf(work: (database: Database) => Promise<unknown>): Promise<number> {
-  const count = async () => {
-    const counters = await single.run(({ select }) =>
-      select<{ Value: string }>("show session status where variable_name like 'Handler_read%'"),
-    );
-    return counters.reduce((sum, { Value }) => sum + Number(Value), 0);
-  };
-  await count();
-  const [first, second] = [await count(), await count()];
-  await work(single);
-  // Reading the counters counts as well.
-  return (await count()) - second - (second - first);
+function readsOf(work: (database: Database) => Promise<unknown>): Promise<number> {
+  return countReads(single, work);
 }
 
 const USER = "point_reservations_user";
