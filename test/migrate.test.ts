@@ -85,6 +85,7 @@ async function schemaErrorOf(work: Promise<void>): Promise<string> {
 const TABLES = [
   ...[
     "point_aggregation",
+    "point_aggregation_turns",
     "point_daily_totals",
     "point_daily_users",
     "point_reconciliations",
