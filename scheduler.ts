@@ -3,6 +3,7 @@ import { aggregate } from "./lib/aggregate.ts";
 import { findBooksState } from "./lib/book_repository.ts";
 import { readConfig, type Settings } from "./lib/config.ts";
 import { type Database, openDatabase } from "./lib/database.ts";
+import { DomainError } from "./lib/errors.ts";
 import { openAlarm, runLoop, sleep } from "./lib/loop.ts";
 import { decodeHint, encodeMessage } from "./lib/message.ts";
 import { openQueue, type Queue } from "./lib/queue.ts";
@@ -103,7 +104,6 @@ export interface BooksOptions {
  * whoever comes a minute later.
  *
  * @returns how many milliseconds to sleep before asking again
- * @throws {DomainError} TIME_ZONE where the totals are by the days of another zone
  * @throws {DatabaseError}
  */
 export async function keepBooks({ database, logger, config, signal }: BooksOptions): Promise<number> {
@@ -126,7 +126,13 @@ export async function keepBooks({ database, logger, config, signal }: BooksOptio
 
 async function countAndCompare({ database, logger, config, signal }: BooksOptions): Promise<void> {
   const startedAt = performance.now();
-  const counted = await aggregate(database, { timeZone: config.AGGREGATE_TIME_ZONE, signal });
+  const aggregating = aggregate(database, { timeZone: config.AGGREGATE_TIME_ZONE, signal });
+  const counted = await aggregating.catch((error) => {
+    // Of another zone: a setting is to be mended, and the books can be compared all the same.
+    if (!(error instanceof DomainError)) throw error;
+    logger.error({ error: describeError(error) }, "the totals could not be made");
+    return undefined;
+  });
   let logged = 0;
   const found = await reconcile(database, {
     ...{ leaseMs: config.LEASE_MS, signal },

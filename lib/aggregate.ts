@@ -101,7 +101,9 @@ async function main(
     counted = await aggregate(database, { timeZone, onPage: progress.add });
   }
   const seconds = ((performance.now() - startedAt) / 1_000).toFixed(1);
-  console.log(`${counted} ledger entries counted in ${seconds} s, by days of ${timeZone}`);
+  const scope = isRebuild ? "all totals made anew: " : days ? `${days.from} to ${days.to} made anew: ` : "";
+  console.log(`${scope}${counted} ledger entries counted in ${seconds} s, by days of ${timeZone}`);
+  if (isRebuild) console.log(`Set AGGREGATE_TIME_ZONE=${timeZone} for every scheduler, and start them again`);
   await database.close();
   return 0;
 }

@@ -483,7 +483,7 @@ export function repairBalance(
       await execute("update point_root set point_num = ? where user_id = ?", [String(after), userId]);
       await execute(
         `insert into point_repairs (id, user_id, point_num_before, point_num_after, repaired_by)
-         values (?, ?, ?, ?, ?)`,
+         values (?, ?, ?, ?, concat(?, ', MySQL user ', current_user()))`,
         [uuidv7(), userId, before === null ? null : String(before), String(after), repairedBy],
       );
       return { before, after };

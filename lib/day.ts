@@ -105,7 +105,7 @@ export function newDays(
   } else if (count > MAX_DAYS) {
     broken.push({
       sentence: `days must be at most ${MAX_DAYS}`,
-      explanation: `from ${places.from} to ${places.to} must be at most ${MAX_DAYS} days: ${received}`,
+      explanation: `${places.from} and ${places.to} must be the ends of at most ${MAX_DAYS} days: ${received}`,
     });
   }
   refuseBroken(broken, "range of days");

@@ -187,6 +187,26 @@ function showTotal(total: ShownTotal | null): string {
   return `${entries} entries, ${points} points, ${users} users, late by ${late_ms_sum} ms in all and ${late_ms_max} ms at most`;
 }
 
+/** What to do about a difference of each kind. */
+const ADVICE: Record<Difference["kind"], string> = {
+  balance:
+    "where the ledger is right, --repair sets the balance to what it says; first see what else is named of the user",
+  reservation:
+    "for people to decide, as the ledger is never changed by itself: did the points come? What has the worker's log of its id?",
+  entry: "for people to decide, as the ledger is never changed by itself: who has added it?",
+  total: "`bun run aggregate --from DAY --to DAY` makes the totals of its day anew",
+  overdue:
+    "do scheduler.ts and worker.ts run, and what do their logs say? GET /point/reservations/{id} tells its story",
+};
+
+/** Who runs this, as far as the system knows. */
+function operator(): string {
+  const { username, uid } = userInfo();
+  return username === "unknown" ? `uid ${uid}` : username;
+}
+
+const OPENING = '{"differences":[';
+
 /** JSON with all digits of a BIGINT. */
 function toJson(value: unknown): string {
   const { rawJSON } = JSON as unknown as { rawJSON(text: string): unknown };
@@ -210,11 +230,11 @@ async function main(
   config: Pick<Settings, "DATABASE_URL" | "LEASE_MS">,
 ): Promise<number> {
   const database = openDatabase(config.DATABASE_URL);
-  const repairedBy = `${userInfo().username}@${hostname()}`;
+  const repairedBy = `${operator()}@${hostname()}`;
   const startedAt = performance.now();
   let repaired = 0;
   let printed = 0;
-  if (json) process.stdout.write('{"differences":[');
+  const kinds = new Set<Difference["kind"]>();
   const progress = openProgress("rows", await estimateRows(database));
   const found = await reconcile(database, {
     ...{ isFull: full, leaseMs: config.LEASE_MS },
@@ -241,9 +261,11 @@ async function main(
         }
       }
       progress.clear();
-      if (json) process.stdout.write(`${printed > 0 ? "," : ""}\n${toJson({ ...difference, ...outcome })}`);
+      if (json)
+        process.stdout.write(`${printed > 0 ? "," : OPENING}\n${toJson({ ...difference, ...outcome })}`);
       else console.log(`${describeDifference(difference)}${note}`);
       printed++;
+      kinds.add(difference.kind);
     },
   });
   progress[Symbol.dispose]();
@@ -252,12 +274,13 @@ async function main(
   if (json) {
     const checked = { users, reservations, entries, days };
     const summary = { is_full: isFull, checked, difference_count: differences, repaired, seconds };
-    process.stdout.write(`\n],${toJson(summary).slice(1)}\n`);
+    process.stdout.write(`${printed > 0 ? "" : OPENING}\n],${toJson(summary).slice(1)}\n`);
   } else {
     const scope = isFull ? "everything" : "what was changed since the last clean run";
     console.log(
       `${users} users, ${reservations} reservations, ${entries} ledger entries and ${days} days checked in ${seconds.toFixed(1)} s (${scope}; overdue means ${OVERDUE_MS / 60_000} minutes late): ${differences === 0 ? "all agree" : `${differences} differences, ${repaired} repaired`}`,
     );
+    if (differences > repaired) for (const kind of kinds) console.log(`  ${kind}: ${ADVICE[kind]}`);
   }
   await database.close();
   return differences > repaired ? 1 : 0;

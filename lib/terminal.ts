@@ -21,9 +21,14 @@ export async function runCommand<Wanted>({
   run,
   failed,
 }: Command<Wanted>): Promise<never> {
+  const words = Bun.argv.slice(2);
+  if (words.includes("--help")) {
+    console.log(usage);
+    process.exit(0);
+  }
   let wanted: Wanted;
   try {
-    wanted = read(Bun.argv.slice(2));
+    wanted = read(words);
   } catch (error) {
     console.error(`${error instanceof DomainError ? explain(error) : (error as Error).message}\n${usage}`);
     process.exit(2);
@@ -31,6 +36,8 @@ export async function runCommand<Wanted>({
   try {
     process.exit(await run(wanted));
   } catch (error) {
+    // Whoever read what it prints has gone.
+    if ((error as { code?: unknown }).code === "EPIPE") process.exit(failed);
     if (!(error instanceof ForeseenError)) throw error;
     console.error(error instanceof DomainError ? explain(error) : `Cannot ${what}: ${error.message}`);
     process.exit(failed);
@@ -80,14 +87,14 @@ export function openProgress(what: string, total: number): Progress {
 const BAR_WIDTH = 50;
 
 /** A bar for each value, the longest for the largest; negative ones have none. */
-export function drawBars(bars: readonly { label: string; value: bigint }[]): string {
+export function drawBars(bars: readonly { label: string; value: bigint; note?: string }[]): string {
   const largest = bars.map(({ value }) => value).toSorted((a, b) => (a < b ? 1 : -1))[0] ?? 1n;
   const width = Math.max(0, ...bars.map(({ label }) => label.length));
   return bars
-    .map(({ label, value }) => {
+    .map(({ label, value, note = "" }) => {
       const eighths = value > 0n ? Number((value * 8n * BigInt(BAR_WIDTH)) / largest) : 0;
       const bar = "█".repeat(Math.floor(eighths / 8)) + (" ▏▎▍▌▋▊▉"[eighths % 8] ?? "").trim();
-      return `${label.padEnd(width)} ${bar}${bar && " "}${value}`;
+      return `${label.padEnd(width)} ${bar}${bar && " "}${value}${note}`;
     })
     .join("\n");
 }

@@ -90,7 +90,7 @@ async function holdGeneration(
   if (state.timeZone !== timeZone) {
     throw new DomainError(
       "TIME_ZONE",
-      `Cannot aggregate by days of ${timeZone} as the totals are by days of ${state.timeZone || "no time zone yet"}: set AGGREGATE_TIME_ZONE to that, or run \`bun run aggregate --rebuild\` once, which makes all totals anew`,
+      `Cannot aggregate by days of ${timeZone} as the totals are by days of ${state.timeZone || "no time zone yet"}: set AGGREGATE_TIME_ZONE to that. To change the zone for all, run \`bun run aggregate --rebuild\` once with the new one`,
     );
   }
   return state.generation;

@@ -2,7 +2,7 @@ import { parseArgs } from "node:util";
 import { totalOf } from "./answers.ts";
 import { readConfig, type Settings } from "./config.ts";
 import { openDatabase } from "./database.ts";
-import { daysBetween, newDays } from "./day.ts";
+import { daysBetween, newDays, parseDay } from "./day.ts";
 import { DomainError } from "./errors.ts";
 import { parseCampaign } from "./reservation.ts";
 import type { TotalRow } from "./schema.ts";
@@ -17,7 +17,12 @@ const USAGE = `Usage: bun run totals [--from DAY] [--to DAY] [--campaign NAME]
 
 function readWanted(args: string[]) {
   const text = { type: "string" } as const;
-  return parseArgs({ args, options: { from: text, to: text, campaign: text } }).values;
+  const { values } = parseArgs({ args, options: { from: text, to: text, campaign: text } });
+  const { from, to, campaign } = values;
+  if (from !== undefined) parseDay(from, "--from");
+  if (to !== undefined) parseDay(to, "--to");
+  if (campaign !== undefined) parseCampaign(campaign);
+  return values;
 }
 
 /** What came in on each day, and what went out. */
@@ -39,8 +44,19 @@ export function showTotals(
   rows: readonly TotalRow[],
   { days, before }: { days: readonly string[]; before: bigint | undefined },
 ): string {
-  const table = rows.map((row) => ({ ...totalOf(row), points: String(row.points), campaign: row.campaign }));
-  const bars = pointsByDay(rows, days).map(({ day, came }) => ({ label: day, value: came }));
+  const table = rows.map((row) => {
+    const { late_ms_mean, late_ms_max, ...total } = totalOf(row);
+    const late = { late_ms_mean: late_ms_mean ?? "", late_ms_max: late_ms_max ?? "" };
+    return { ...total, points: String(row.points), campaign: row.campaign, ...late };
+  });
+  const first = rows[0]?.day ?? days.at(-1) ?? "";
+  const bars = pointsByDay(rows, days)
+    .filter(({ day }) => day >= first)
+    .map(({ day, came, went }) => ({
+      label: day,
+      value: came,
+      note: went < 0n ? `, ${-went} subtracted` : "",
+    }));
   const last = before === undefined ? undefined : balancesOf(rows, { days, before }).at(-1);
   return [
     Bun.inspect.table(table),
@@ -58,12 +74,7 @@ async function main(
   const { generation, timeZone } = await findAggregation(database);
   const places = { from: "--from", to: "--to" };
   const days = newDays({ from, to }, { timeZone: timeZone || "UTC", places });
-  const wanted = {
-    generation,
-    ...days,
-    campaign: campaign === undefined ? undefined : parseCampaign(campaign),
-  };
-  const rows = await findTotals(database, { ...wanted, limit: MAX_TOTALS });
+  const rows = await findTotals(database, { generation, ...days, campaign, limit: MAX_TOTALS });
   const before =
     campaign === undefined ? await findPointsBefore(database, { generation, day: days.from }) : undefined;
   await database.close();

@@ -338,7 +338,9 @@ describe("bun run aggregate", () => {
     await db.query("update point_daily_totals set points = points + 1, users = 0");
     const second = runCommand(["--from", "2026-01-01", "--to", "2026-12-31"]);
     expect(await second.exited).toBe(0);
-    expect(await new Response(second.stdout).text()).toStartWith("30 ledger entries counted");
+    expect(await new Response(second.stdout).text()).toStartWith(
+      "2026-01-01 to 2026-12-31 made anew: 30 ledger entries counted",
+    );
     await expectExact("UTC");
   }, 60_000);
 
@@ -377,7 +379,7 @@ describe("bun run aggregate", () => {
     const refused = runCommand([], tokyo);
     expect(await refused.exited).toBe(1);
     expect(await new Response(refused.stderr).text()).toBe(
-      "Cannot aggregate by days of Asia/Tokyo as the totals are by days of UTC: set AGGREGATE_TIME_ZONE to that, or run `bun run aggregate --rebuild` once, which makes all totals anew\n",
+      "Cannot aggregate by days of Asia/Tokyo as the totals are by days of UTC: set AGGREGATE_TIME_ZONE to that. To change the zone for all, run `bun run aggregate --rebuild` once with the new one\n",
     );
     expect(await runCommand(["--rebuild"], tokyo).exited).toBe(0);
     await expectExact("Asia/Tokyo");

@@ -192,14 +192,14 @@ describe("bun run totals", () => {
     const text = await new Response(run.stdout).text();
     expect(text).toMatch(/│ 2026-03-02 +│ grant +│ spring +│ 2 +│ 30 +│ 2 +│ 4 +│ 8 +│/);
     expect(text).toContain(`2026-03-01 ${"█".repeat(50)} 100\n`);
-    expect(text).toContain(`2026-03-02 ${"█".repeat(30)} 60\n`);
+    expect(text).toContain(`2026-03-02 ${"█".repeat(30)} 60, 40 subtracted\n`);
     expect(text).toContain("2026-03-03 0\n");
     expect(text).toContain("All points of all users at the end of 2026-03-04: 127\nDays of Asia/Tokyo\n");
   });
 
   test.each([
-    [["--from", "2026-02-30"], 1, 'from 1970 to 9999: received "2026-02-30"'],
-    [["--campaign", "a b"], 1, "campaign must be 1 to 64 of"],
+    [["--from", "2026-02-30"], 2, 'from 1970 to 9999: received "2026-02-30"'],
+    [["--campaign", "a b"], 2, "campaign must be 1 to 64 of"],
     [["--day"], 2, "Usage: bun run totals"],
   ])("refuses %p", async (args, code, reason) => {
     const run = runCommand(args);
