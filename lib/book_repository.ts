@@ -205,10 +205,14 @@ export function checkReservations(
     const differences = await findUngranted(connection, where, [after, page.last, since ?? new Date(0)]);
     if (since) {
       // What was DONE once: its entry may be too old for checkRecentEntries().
-      const keys = `select idempotency_key from point_reservations
-        where id > ? and id <= ? and updated_at >= ? and status <> 'DONE'`;
-      const isIts = `t.idempotency_key in (${keys})`;
-      differences.push(...(await findStray(connection, isIts, [after, page.last, since])));
+      differences.push(
+        ...(await findStray(connection, {
+          from: `point_reservations r force index (primary)
+            join point_transactions t on t.idempotency_key = r.idempotency_key`,
+          where,
+          values: [after, page.last, since],
+        })),
+      );
     }
     return { next: page.walked < limit ? undefined : page.last, count: page.count, differences };
   });
@@ -250,7 +254,9 @@ export function checkEntries(database: Database, { after }: { after: string }): 
       [after, PAGE],
     );
     if (!page?.last) return { next: undefined, count: 0, differences: [] };
-    const differences = await findStray(connection, "t.id > ? and t.id <= ?", [after, page.last]);
+    const differences = await findStray(connection, {
+      ...{ from: FROM_ENTRIES, where: "t.id > ? and t.id <= ?", values: [after, page.last] },
+    });
     return { next: page.count < PAGE ? undefined : page.last, count: page.count, differences };
   });
 }
@@ -272,8 +278,9 @@ export function checkRecentEntries(
 ): Promise<Checked<RecentPosition>> {
   return onPage(database, async (connection) => {
     const { aggregatedIn, createdAt, id } = after;
-    const page = await connection.select<{ id: string; createdAt: Date }>(
-      `select id, created_at createdAt from point_transactions force index (point_transactions_aggregated)
+    const page = await connection.select<{ id: string; createdAt: Date; idempotencyKey: string }>(
+      `select id, created_at createdAt, idempotency_key idempotencyKey
+       from point_transactions force index (point_transactions_aggregated)
        where aggregated_in = ? and created_at >= ? and (created_at > ? or id > ?)
        order by created_at, id limit ?`,
       [aggregatedIn, createdAt, createdAt, id, PAGE],
@@ -281,10 +288,10 @@ export function checkRecentEntries(
     const differences: Difference[] = [];
     if (page.length > 0) {
       const ids = page.map((entry) => entry.id);
-      differences.push(...(await findStray(connection, "t.id in (?)", [ids])));
-      const isTheirs =
-        "r.idempotency_key in (select idempotency_key from point_transactions where id in (?))";
-      differences.push(...(await findUngranted(connection, isTheirs, [ids])));
+      const keys = page.map(({ idempotencyKey }) => idempotencyKey);
+      const isOne = { from: FROM_ENTRIES, where: "t.id in (?)", values: [ids] };
+      differences.push(...(await findStray(connection, isOne)));
+      differences.push(...(await findUngranted(connection, "r.idempotency_key in (?)", [keys])));
       const unmoved = await connection.select<{ userId: string }>(
         `select distinct t.user_id userId from point_transactions t left join point_root b on b.user_id = t.user_id
          where t.id in (?) and (b.user_id is null or b.updated_at < ?)`,
@@ -299,7 +306,11 @@ export function checkRecentEntries(
     }
     const last = page.at(-1);
     if (last && page.length === PAGE) {
-      return { next: { aggregatedIn, ...last }, count: page.length, differences };
+      return {
+        next: { aggregatedIn, createdAt: last.createdAt, id: last.id },
+        count: page.length,
+        differences,
+      };
     }
     const [other] = await connection.select<{ aggregatedIn: number | null }>(
       "select min(aggregated_in) aggregatedIn from point_transactions where aggregated_in > ?",
@@ -313,14 +324,19 @@ export function checkRecentEntries(
   });
 }
 
+const FROM_ENTRIES = `point_transactions t force index (primary)
+  left join point_reservations r on r.idempotency_key = t.idempotency_key`;
+
 /** Entries that look like grants, and came from no reservation that is DONE. */
-async function findStray(connection: Connection, where: string, values: unknown[]): Promise<Difference[]> {
+async function findStray(
+  connection: Connection,
+  { from, where, values }: { from: string; where: string; values: unknown[] },
+): Promise<Difference[]> {
   type Row = ShownEntry & { reservation_id: string | null; reservation_status: ReservationStatus | null };
   const rows = await connection.select<Row>(
     `select t.id transaction_id, t.user_id, t.point_amount, t.idempotency_key, t.created_at,
        r.id reservation_id, r.status reservation_status
-     from point_transactions t force index (primary)
-     left join point_reservations r on r.idempotency_key = t.idempotency_key
+     from ${from}
      where ${where} and t.idempotency_key not like ? and (r.id is null or r.status <> 'DONE')`,
     [...values, `${DIRECT}%`],
   );
