@@ -1,6 +1,7 @@
 import { openapi } from "@elysiajs/openapi";
 import type { Static, TObject } from "@sinclair/typebox";
 import { Elysia, NotFoundError } from "elysia";
+import Negotiator from "negotiator";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import {
@@ -22,8 +23,8 @@ import { atRow, type BulkReservation, newBulkReservation } from "./lib/bulk.ts";
 import { atMost, coalesce, OverloadError } from "./lib/coalesce.ts";
 import { readConfig } from "./lib/config.ts";
 import { type Database, DatabaseError, openDatabase } from "./lib/database.ts";
-import { dayRule, daysBetween, newDays } from "./lib/day.ts";
-import { type BrokenRule, DomainError, type DomainErrorCode } from "./lib/errors.ts";
+import { dayRule, newDays } from "./lib/day.ts";
+import { type BrokenRule, DomainError, type DomainErrorCode, explain } from "./lib/errors.ts";
 import {
   findBalanceAt,
   findHoldings,
@@ -33,7 +34,7 @@ import {
   listTransactions,
   type ReservationStory,
 } from "./lib/history.ts";
-import { HttpError, noRoute, prefersCsv, problem, readJson, readQuery } from "./lib/http.ts";
+import { HttpError, noRoute, problem, readJson, readQuery } from "./lib/http.ts";
 import {
   brokenFieldRules,
   type FieldRules,
@@ -85,13 +86,7 @@ import {
   runService,
   waitForDatabase,
 } from "./lib/service.ts";
-import {
-  balancesOf,
-  findAggregatedAt,
-  findAggregation,
-  findPointsBefore,
-  findTotals,
-} from "./lib/total_repository.ts";
+import { findAggregatedAt, findAggregation, findBalances, findTotals } from "./lib/total_repository.ts";
 import { version } from "./package.json" with { type: "json" };
 import { checkDatabase } from "./sql/migrate.ts";
 
@@ -112,10 +107,6 @@ const BULK_MS = 12_000;
 const MAX_CAMPAIGNS = 2;
 /** How long one request may cancel a campaign, in milliseconds: an answer must come before clients give up. */
 const CAMPAIGN_MS = 20_000;
-/** The most daily totals of one answer. */
-const MAX_TOTALS = 10_000;
-/** The most broken rules that one problem explains; it names all of them. */
-const MAX_EXPLAINED = 20;
 /** Requests that wait for their batch; more are refused with 503, since their answers would come too late. */
 const MAX_WAITING = 10_000;
 /** After this long a request is refused with 503 if no batch has taken it, in milliseconds. */
@@ -375,15 +366,7 @@ export function createApp({ database, logger, reserveBatch, hint = () => {} }: A
         const { campaign, ...query } = parseQuery(request, routes.TotalsQuery, rules);
         const { generation, timeZone } = await findAggregation(database);
         const days = newDays(query, { timeZone: timeZone || "UTC" });
-        const found = await findTotals(database, { generation, ...days, campaign, limit: MAX_TOTALS });
-        if (found.length > MAX_TOTALS) {
-          const sentence = `totals must be at most ${MAX_TOTALS}`;
-          throw refused(
-            "Cannot list the totals",
-            sentence,
-            `${sentence}: ask for fewer days, or one campaign`,
-          );
-        }
+        const found = await findTotals(database, { generation, ...days, campaign });
         if (prefersCsv(request)) {
           return new Response(totalsCsv(found), { headers: { "content-type": "text/csv; charset=utf-8" } });
         }
@@ -392,8 +375,7 @@ export function createApp({ database, logger, reserveBatch, hint = () => {} }: A
           totals: found.map(totalOf),
         };
         if (campaign !== undefined) return Response.json(answer);
-        const before = await findPointsBefore(database, { generation, day: days.from });
-        const balances = balancesOf(found, { days: daysBetween(days.from, days.to), before });
+        const balances = await findBalances(database, found, { generation, ...days });
         return Response.json({ ...answer, balances: balances.map(balanceOfDay) });
       },
       routes.totals,
@@ -447,6 +429,12 @@ function hintThrough(queue: Pick<Queue, "hint">): (executeAt: Date) => void {
 
 function headerKeyOf(request: Request): string | undefined {
   return request.headers.get("idempotency-key") ?? undefined;
+}
+
+/** Whether a client would rather have CSV than JSON. */
+function prefersCsv(request: Request): boolean {
+  const headers = { accept: request.headers.get("accept") ?? undefined };
+  return new Negotiator({ headers }).mediaType(["application/json", "text/csv"]) === "text/csv";
 }
 
 function replayed(outcome: string): Record<string, string> {
@@ -568,11 +556,8 @@ function problemOf(error: unknown, logger: Logger): Response {
   }
   const status = error instanceof DomainError && STATUS[error.code];
   if (error instanceof DomainError && status) {
-    const rules = error.brokenRules;
-    const shown = rules.slice(0, MAX_EXPLAINED).map(({ explanation }) => explanation);
-    const more = rules.length > shown.length ? `; and ${rules.length - shown.length} more` : "";
-    const detail = `${error.message}: ${shown.join("; ")}${more}`;
-    return problem(status, detail, { errors: rules.map(({ sentence }) => sentence), facts: error.facts });
+    const errors = error.brokenRules.map(({ sentence }) => sentence);
+    return problem(status, explain(error), { errors, facts: error.facts });
   }
   const requestId = uuidv7();
   const isBusy =

@@ -92,12 +92,14 @@ async function main(
 ): Promise<number> {
   const database = openDatabase(DATABASE_URL);
   const startedAt = performance.now();
-  await chooseTimeZone(database, timeZone);
   if (isRebuild) await startGeneration(database, timeZone);
-  for (const day of days ? daysBetween(days.from, days.to) : []) await resetDay(database, day, timeZone);
+  if (days) {
+    await chooseTimeZone(database, timeZone);
+    for (const day of daysBetween(days.from, days.to)) await resetDay(database, day, timeZone);
+  }
   let counted: number;
   {
-    using progress = openProgress("entries", await countWaiting(database));
+    using progress = await openProgress("entries", await countWaiting(database));
     counted = await aggregate(database, { timeZone, onPage: progress.add });
   }
   const seconds = ((performance.now() - startedAt) / 1_000).toFixed(1);

@@ -1,7 +1,7 @@
 import { type Static, Type } from "@sinclair/typebox";
 import { Day } from "./day.ts";
 import type { Holdings, ListedReservation, ListedTransaction, ReservationStory } from "./history.ts";
-import { clientKeyOf, ENTRY_KINDS, type EntryKind, kindOf, PointAmount, UserId } from "./point.ts";
+import { clientKeyOf, digitsOf, ENTRY_KINDS, type EntryKind, kindOf, PointAmount, UserId } from "./point.ts";
 import { Campaign, type Reservation, Status } from "./reservation.ts";
 import type { CampaignCounts, CreateOutcome } from "./reservation_repository.ts";
 import type { TotalRow } from "./schema.ts";
@@ -223,11 +223,6 @@ export function balanceAtOf(
   { pointNum, updatedAt, at }: Pick<Holdings, "pointNum" | "updatedAt"> & { at: Date },
 ): Outgoing<Static<typeof Balance>> {
   return { user_id: userId, point_num: digitsOf(pointNum), at, updated_at: updatedAt };
-}
-
-// JSON's numbers have no limit, but JavaScript's have: all digits of a BIGINT go out as they are.
-function digitsOf(points: bigint): number {
-  return (JSON as unknown as { rawJSON(text: string): number }).rawJSON(String(points));
 }
 
 export const Totals = Type.Object({

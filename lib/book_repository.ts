@@ -17,7 +17,7 @@ const WORK_MS = 600_000;
 const MAX_SHOWN = 10;
 /** What is open for so long after its time is overdue, in milliseconds: longer than a burst of a million takes. */
 export const OVERDUE_MS = 300_000;
-/** The longest wait after a failure of a reservation's own, in milliseconds. */
+/** The longest wait after a failure of a reservation's own, in milliseconds: what `RETRY` of worker.ts says. */
 const RETRY_MS = 3_600_000;
 /** Sorts behind every user id. */
 const AFTER_ALL = "~";
@@ -269,8 +269,8 @@ export interface RecentPosition {
 }
 
 /**
- * The ledger entries since a time with their reservations, and the balances of their users where these were not changed since then, or are not there:
- * `checkBalances()` does not come by them.
+ * The ledger entries since a time with their reservations, and the balances of their users where these were not changed since
+ * then, or are not there: `checkBalances()` does not come by them.
  */
 export function checkRecentEntries(
   database: Database,

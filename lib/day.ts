@@ -1,6 +1,6 @@
 import { Type } from "@sinclair/typebox";
 import { type BrokenRule, showValue } from "./errors.ts";
-import { type FieldRule, LATEST_MS, parseText, refuseBroken } from "./input.ts";
+import { type FieldRule, LATEST_MS, parseText, parseTime, refuseBroken } from "./input.ts";
 
 /** A day of the calendar; which moments it holds is a question of the time zone. */
 export const Day = Type.String({
@@ -9,15 +9,12 @@ export const Day = Type.String({
   examples: ["2026-01-31"],
 });
 
-const EARLIEST = "1970-01-01";
-
 export const dayRule: FieldRule = (value, place) => {
   const explanation = `${place} must be a day like 2026-01-31, from 1970 to 9999: received ${showValue(value)}`;
   if (typeof value !== "string" || !/^\d{4}-\d\d-\d\d$/.test(value)) {
     return { sentence: `${place} must be a day like 2026-01-31`, explanation };
   }
-  const date = new Date(`${value}T00:00:00Z`);
-  const exists = !Number.isNaN(date.getTime()) && date.toISOString().startsWith(value) && value >= EARLIEST;
+  const exists = parseTime(`${value}T00:00:00Z`, place) instanceof Date;
   return exists ? undefined : { sentence: `${place} must be a day that exists`, explanation };
 };
 

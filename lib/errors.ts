@@ -51,8 +51,13 @@ export function showValue(value: unknown): string {
   return isCut || text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text;
 }
 
-/** A DomainError in one line: its message, and each broken rule with its value. */
+/** The most broken rules that one error explains. */
+const MAX_EXPLAINED = 20;
+
+/** A DomainError in one line: its message, and the first 20 broken rules with their values. */
 export function explain({ message, brokenRules }: DomainError): string {
-  const rules = brokenRules.map(({ explanation }) => explanation).join("; ");
-  return rules ? `${message}: ${rules}` : message;
+  if (brokenRules.length === 0) return message;
+  const shown = brokenRules.slice(0, MAX_EXPLAINED).map(({ explanation }) => explanation);
+  const more = brokenRules.length > shown.length ? `; and ${brokenRules.length - shown.length} more` : "";
+  return `${message}: ${shown.join("; ")}${more}`;
 }

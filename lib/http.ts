@@ -1,5 +1,4 @@
 import type { TObject } from "@sinclair/typebox";
-import Negotiator from "negotiator";
 import { DomainError, ForeseenError, showValue } from "./errors.ts";
 import { withDeadline } from "./loop.ts";
 
@@ -152,10 +151,4 @@ export function readQuery(request: Request, schema: TObject): Record<string, unk
     query[name] = isNumber ? Number(text) : text;
   }
   return query;
-}
-
-/** Whether a client would rather have CSV than JSON. */
-export function prefersCsv(request: Request): boolean {
-  const headers = { accept: request.headers.get("accept") ?? undefined };
-  return new Negotiator({ headers }).mediaType(["application/json", "text/csv"]) === "text/csv";
 }

@@ -23,6 +23,11 @@ export const MAX_POINT_AMOUNT = 2_147_483_647;
 /** The largest balance, the same as MySQL's BIGINT. */
 export const MAX_POINT_NUM = 9_223_372_036_854_775_807n;
 
+/** Points as JSON: its numbers have no limit, but JavaScript's have. All digits of a BIGINT go out as they are. */
+export function digitsOf(points: bigint): number {
+  return (JSON as unknown as { rawJSON(text: string): number }).rawJSON(String(points));
+}
+
 /** How many points one grant gives. */
 export const PointAmount = Type.Integer({
   minimum: 1,

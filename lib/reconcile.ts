@@ -22,6 +22,7 @@ import {
 import { readConfig, type Settings } from "./config.ts";
 import { type Database, DatabaseError, openDatabase } from "./database.ts";
 import { boundsOf, dayOf, plusDays } from "./day.ts";
+import { digitsOf } from "./point.ts";
 import { openProgress, runCommand } from "./terminal.ts";
 import { type Aggregation, findAggregation } from "./total_repository.ts";
 
@@ -207,10 +208,8 @@ function operator(): string {
 
 const OPENING = '{"differences":[';
 
-/** JSON with all digits of a BIGINT. */
 function toJson(value: unknown): string {
-  const { rawJSON } = JSON as unknown as { rawJSON(text: string): unknown };
-  return JSON.stringify(value, (_, one) => (typeof one === "bigint" ? rawJSON(String(one)) : one));
+  return JSON.stringify(value, (_, one) => (typeof one === "bigint" ? digitsOf(one) : one));
 }
 
 const USAGE = `Usage: bun run reconcile [--full] [--repair] [--json]
@@ -235,7 +234,7 @@ async function main(
   let repaired = 0;
   let printed = 0;
   const kinds = new Set<Difference["kind"]>();
-  const progress = openProgress("rows", await estimateRows(database));
+  const progress = await openProgress("rows", await estimateRows(database));
   const found = await reconcile(database, {
     ...{ isFull: full, leaseMs: config.LEASE_MS },
     onPage: progress.add,

@@ -1,7 +1,7 @@
 import { and, asc, between, eq, lt, sql } from "drizzle-orm";
 import { v7 as uuidv7 } from "uuid";
 import type { Connection, Database } from "./database.ts";
-import { boundsOf, dayOf } from "./day.ts";
+import { boundsOf, dayOf, daysBetween } from "./day.ts";
 import { DomainError } from "./errors.ts";
 import { type EntryKind, kindOf } from "./point.ts";
 import { pointAggregation, type TotalRow, pointDailyTotals as totals } from "./schema.ts";
@@ -340,22 +340,27 @@ export async function findAggregatedAt(database: Database): Promise<Date | null>
   return turn?.aggregatedAt ?? null;
 }
 
+/** The most totals that are read at once. */
+const MAX_TOTALS = 10_000;
+
 export interface TotalsOptions {
   generation: number;
   /** The first and the last day. */
   from: string;
   to: string;
   campaign?: string | undefined;
-  /** The most rows; one more than that says that there are more. */
-  limit: number;
 }
 
-/** Totals by day, kind and campaign, at most one more than `limit`. */
-export function findTotals(
+/**
+ * Totals by day, kind and campaign.
+ *
+ * @throws {DomainError} INVALID_INPUT where they are more than 10,000
+ */
+export async function findTotals(
   database: Database,
-  { generation, from, to, campaign, limit }: TotalsOptions,
+  { generation, from, to, campaign }: TotalsOptions,
 ): Promise<TotalRow[]> {
-  return database.run(({ drizzle }) =>
+  const found = await database.run(({ drizzle }) =>
     drizzle
       .select()
       .from(totals)
@@ -367,33 +372,32 @@ export function findTotals(
         ),
       )
       .orderBy(asc(totals.day), asc(totals.kind), asc(totals.campaign))
-      .limit(limit + 1),
+      .limit(MAX_TOTALS + 1),
   );
+  if (found.length > MAX_TOTALS) {
+    const sentence = `totals must be at most ${MAX_TOTALS}`;
+    const explanation = `${sentence}: ask for fewer days, or one campaign`;
+    throw new DomainError("INVALID_INPUT", "Cannot list the totals", [{ sentence, explanation }]);
+  }
+  return found;
 }
 
-/** All points of all users when a day began, by the totals. */
-export async function findPointsBefore(
+/** All points of all users at the end of each day, by all totals of the days and what there was before them. */
+export async function findBalances(
   database: Database,
-  { generation, day }: { generation: number; day: string },
-): Promise<bigint> {
+  rows: readonly TotalRow[],
+  { generation, from, to }: Omit<TotalsOptions, "campaign">,
+): Promise<{ day: string; pointNum: bigint }[]> {
   const [before] = await database.run(({ drizzle }) =>
     drizzle
       .select({ points: sql<bigint>`coalesce(sum(${totals.points}), 0)`.mapWith(BigInt) })
       .from(totals)
-      .where(and(eq(totals.generation, generation), lt(totals.day, day))),
+      .where(and(eq(totals.generation, generation), lt(totals.day, from))),
   );
-  return before?.points ?? 0n;
-}
-
-/** All points of all users at the end of each day, by what they were before and by all totals of the days. */
-export function balancesOf(
-  rows: readonly TotalRow[],
-  { days, before }: { days: readonly string[]; before: bigint },
-): { day: string; pointNum: bigint }[] {
   const changes = new Map<string, bigint>();
   for (const { day, points } of rows) changes.set(day, (changes.get(day) ?? 0n) + points);
-  let pointNum = before;
-  return days.map((day) => {
+  let pointNum = before?.points ?? 0n;
+  return daysBetween(from, to).map((day) => {
     pointNum += changes.get(day) ?? 0n;
     return { day, pointNum };
   });

@@ -3,14 +3,10 @@ import { totalOf } from "./answers.ts";
 import { readConfig, type Settings } from "./config.ts";
 import { openDatabase } from "./database.ts";
 import { daysBetween, newDays, parseDay } from "./day.ts";
-import { DomainError } from "./errors.ts";
 import { parseCampaign } from "./reservation.ts";
 import type { TotalRow } from "./schema.ts";
 import { drawBars, runCommand } from "./terminal.ts";
-import { balancesOf, findAggregation, findPointsBefore, findTotals } from "./total_repository.ts";
-
-/** The most totals of one table. */
-const MAX_TOTALS = 10_000;
+import { findAggregation, findBalances, findTotals } from "./total_repository.ts";
 
 const USAGE = `Usage: bun run totals [--from DAY] [--to DAY] [--campaign NAME]
   the daily totals as a table, and the points of each day as bars; the last 31 days unless told otherwise`;
@@ -35,15 +31,8 @@ function pointsByDay(rows: readonly TotalRow[], days: readonly string[]) {
   return [...sums].map(([day, sum]) => ({ day, ...sum }));
 }
 
-/**
- * The table and the bars.
- *
- * @param options.before what all users had when the days began; undefined where the rows are not all of them
- */
-export function showTotals(
-  rows: readonly TotalRow[],
-  { days, before }: { days: readonly string[]; before: bigint | undefined },
-): string {
+/** The table and the bars. */
+function showTotals(rows: readonly TotalRow[], days: readonly string[]): string {
   const table = rows.map((row) => {
     const { late_ms_mean, late_ms_max, ...total } = totalOf(row);
     const late = { late_ms_mean: late_ms_mean ?? "", late_ms_max: late_ms_max ?? "" };
@@ -57,13 +46,7 @@ export function showTotals(
       value: came,
       note: went < 0n ? `, ${-went} subtracted` : "",
     }));
-  const last = before === undefined ? undefined : balancesOf(rows, { days, before }).at(-1);
-  return [
-    Bun.inspect.table(table),
-    "Points granted and added by day",
-    drawBars(bars),
-    ...(last ? ["", `All points of all users at the end of ${last.day}: ${last.pointNum}`] : []),
-  ].join("\n");
+  return [Bun.inspect.table(table), "Points granted and added by day", drawBars(bars)].join("\n");
 }
 
 async function main(
@@ -74,22 +57,13 @@ async function main(
   const { generation, timeZone } = await findAggregation(database);
   const places = { from: "--from", to: "--to" };
   const days = newDays({ from, to }, { timeZone: timeZone || "UTC", places });
-  const rows = await findTotals(database, { generation, ...days, campaign, limit: MAX_TOTALS });
-  const before =
-    campaign === undefined ? await findPointsBefore(database, { generation, day: days.from }) : undefined;
-  await database.close();
-  if (rows.length > MAX_TOTALS) {
-    throw new DomainError(
-      "INVALID_INPUT",
-      `These are more than ${MAX_TOTALS} totals: ask for fewer days, or one campaign`,
-    );
+  const rows = await findTotals(database, { generation, ...days, campaign });
+  console.log(showTotals(rows, daysBetween(days.from, days.to)));
+  if (campaign === undefined) {
+    const last = (await findBalances(database, rows, { generation, ...days })).at(-1);
+    console.log(`\nAll points of all users at the end of ${days.to}: ${last?.pointNum}`);
   }
-  console.log(
-    showTotals(rows, {
-      days: daysBetween(days.from, days.to),
-      before,
-    }),
-  );
+  await database.close();
   console.log(timeZone ? `Days of ${timeZone}` : "Nothing was counted yet: `bun run aggregate` does");
   return 0;
 }

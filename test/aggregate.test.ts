@@ -14,7 +14,14 @@ import {
   takeTurn,
 } from "../lib/total_repository.ts";
 import { type Random, randomOf } from "./faults_random.ts";
-import { countReads, createTestDatabase, insertReservation, type TestDatabase, until } from "./harness.ts";
+import {
+  countReads,
+  createTestDatabase,
+  emptyBooks,
+  insertReservation,
+  type TestDatabase,
+  until,
+} from "./harness.ts";
 import { openAnother, processReservations } from "./pipeline.ts";
 import { type Moment, startProxy } from "./proxy.ts";
 
@@ -25,16 +32,7 @@ beforeAll(async () => {
   db = await createTestDatabase();
 });
 afterAll(() => db.drop());
-beforeEach(async () => {
-  for (const table of [
-    ...["point_transactions", "point_reservations", "point_root", "point_daily_totals", "point_daily_users"],
-  ]) {
-    await db.query(`delete from ${table}`);
-  }
-  await db.query("update point_aggregation set generation = 1, time_zone = ''");
-  await db.query("delete from point_aggregation_turns");
-  await db.query("insert into point_aggregation_turns (id) values (1)");
-});
+beforeEach(() => emptyBooks(db));
 
 /** What a day is in MySQL's own arithmetic, which knows no zone by its name here. */
 const ZONES: Record<string, string> = {

@@ -5,6 +5,7 @@ import { changePoints } from "../lib/point_repository.ts";
 import { type BooksOptions, keepBooks } from "../scheduler.ts";
 import {
   createTestDatabase,
+  emptyBooks,
   insertReservation,
   type RunningService,
   type TestDatabase,
@@ -19,20 +20,7 @@ beforeAll(async () => {
   db = await createTestDatabase();
 });
 afterAll(() => db.drop());
-beforeEach(async () => {
-  for (const table of [
-    "point_transactions",
-    "point_root",
-    "point_daily_totals",
-    "point_daily_users",
-    "point_reconciliations",
-  ]) {
-    await db.query(`delete from ${table}`);
-  }
-  await db.query("update point_aggregation set time_zone = ''");
-  await db.query("delete from point_aggregation_turns");
-  await db.query("insert into point_aggregation_turns (id) values (1)");
-});
+beforeEach(() => emptyBooks(db));
 
 const CONFIG = { AGGREGATE_INTERVAL_MS: 3_600_000, AGGREGATE_TIME_ZONE: "UTC", LEASE_MS: 15_000 };
 

@@ -223,3 +223,15 @@ export async function countReads(
   // Reading the counters counts as well.
   return (await count()) - second - (second - first);
 }
+
+/** Leaves nothing in the tables, as they were when the database was new. */
+export async function emptyBooks({ query }: TestDatabase): Promise<void> {
+  for (const table of [
+    ...["point_transactions", "point_reservations", "point_root", "point_daily_totals", "point_daily_users"],
+    ...["point_reconciliations", "point_repairs", "point_aggregation_turns"],
+  ]) {
+    await query(`delete from ${table}`);
+  }
+  await query("insert into point_aggregation_turns (id) values (1)");
+  await query("update point_aggregation set generation = 1, time_zone = ''");
+}

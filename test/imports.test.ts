@@ -34,7 +34,16 @@ const ROOMS: Record<string, string[]> = {
   // What both a process and a command do; as a command each reads settings and opens the database.
   terminal: ["errors"],
   aggregate: ["total_repository", "day", "database", "config", "errors", "terminal"],
-  reconcile: ["book_repository", "total_repository", "day", "database", "config", "errors", "terminal"],
+  reconcile: [
+    "book_repository",
+    "point",
+    "total_repository",
+    "day",
+    "database",
+    "config",
+    "errors",
+    "terminal",
+  ],
   totals: [
     "total_repository",
     "answers",
