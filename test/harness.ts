@@ -133,7 +133,7 @@ export interface RunningService {
   url: string;
   /** The log so far, one object a line. */
   log(): Record<string, unknown>[];
-  /** Sends a signal and waits for the end: the exit code, or null where a signal ended it. */
+  /** Sends a signal and waits for the end and all of its log: the exit code, or null where a signal ended it. */
   kill(signal: NodeJS.Signals): Promise<number | null>;
   exited: Promise<number | null>;
 }
@@ -160,7 +160,7 @@ export async function startService(
     stderr: "pipe",
   });
   let text = "";
-  for (const stream of [child.stdout, child.stderr]) collect(stream);
+  const collected = [child.stdout, child.stderr].map(collect);
   async function collect(stream: ReadableStream<Uint8Array>) {
     const decoder = new TextDecoder();
     for await (const bytes of stream) text += decoder.decode(bytes, { stream: true });
@@ -177,7 +177,8 @@ export async function startService(
           return { line };
         }
       });
-  const exited = child.exited.then(() => child.exitCode);
+  // Its last lines may still be in the pipes when it is gone.
+  const exited = Promise.all([child.exited, ...collected]).then(() => child.exitCode);
   const service: RunningService = {
     pid: child.pid,
     url: "",
