@@ -71,7 +71,9 @@ export function compareAllTheTime({ database }: TestDatabase, { leaseMs }: { lea
           ...{ isFull, leaseMs, signal: stop.signal },
           onDifference(difference) {
             differences.push(describeDifference(difference));
-            names.push(...("user_id" in difference ? [difference.user_id] : []));
+            // A reservation has more of a story than its user.
+            if ("reservation_id" in difference && difference.reservation_id) names.push(difference.reservation_id);
+            else if ("user_id" in difference) names.push(difference.user_id);
           },
         });
         runs++;
@@ -139,6 +141,7 @@ interface Row {
   userId: string;
   pointAmount: number;
   executeAt: Date;
+  createdAt: Date;
   status: ReservationStatus;
   campaign: string | null;
   lastError: string | null;
@@ -165,8 +168,8 @@ export async function readTables({
   database,
 }: TestDatabase): Promise<{ tables: Tables; agree: boolean }> {
   const rows = await query<Row>(
-    `select id, idempotency_key \`key\`, user_id userId, point_amount pointAmount, execute_at executeAt, status,
-       campaign, last_error lastError from point_reservations`,
+    `select id, idempotency_key \`key\`, user_id userId, point_amount pointAmount, execute_at executeAt, created_at createdAt,
+       status, campaign, last_error lastError from point_reservations`,
   );
   const entries = await query<Entry>(
     `select id, idempotency_key \`key\`, user_id userId, point_amount pointAmount, created_at createdAt

@@ -27,8 +27,10 @@ export function recoveryOf(
   let slowestMs = 0;
   let slowestId: string | undefined;
   const byFault: Recovery["byFault"] = struck.map((fault) => ({ ...fault }));
-  for (const { id, key, executeAt } of rows) {
-    const [dueMs, doneMs] = [executeAt.getTime(), grantedAt.get(key)];
+  for (const { id, key, executeAt, createdAt } of rows) {
+    // A client that could not reach an api for minutes reserves what was due minutes ago.
+    const dueMs = Math.max(executeAt.getTime(), createdAt.getTime());
+    const doneMs = grantedAt.get(key);
     if (doneMs === undefined) continue;
     const waitedMs = doneMs - dueMs - brokenWithin(broken, dueMs, doneMs);
     if (waitedMs > slowestMs) [slowestMs, slowestId] = [waitedMs, id];

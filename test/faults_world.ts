@@ -152,8 +152,9 @@ export async function openWorld(settings: Record<string, string>): Promise<World
       },
       findLies: () => service && findLies(service.log()),
       strike(signal, after = {}) {
-        // A second SIGTERM ends a process at once, as it says.
-        if (!service || (signal === "SIGTERM" && struck.includes(signal))) return;
+        // A second SIGTERM ends a process at once, as it says; and none can end in time that must stand still.
+        const isEnding = struck.includes("SIGTERM");
+        if (!service || (isEnding && (signal === "SIGTERM" || signal === "SIGSTOP"))) return;
         struck.push(signal);
         if (signal === "SIGKILL" || signal === "SIGTERM") next = after;
         kill(service.pid, signal);
