@@ -72,7 +72,8 @@ export function compareAllTheTime({ database }: TestDatabase, { leaseMs }: { lea
           onDifference(difference) {
             differences.push(describeDifference(difference));
             // A reservation has more of a story than its user.
-            if ("reservation_id" in difference && difference.reservation_id) names.push(difference.reservation_id);
+            if ("reservation_id" in difference && difference.reservation_id)
+              names.push(difference.reservation_id);
             else if ("user_id" in difference) names.push(difference.user_id);
           },
         });
