@@ -199,8 +199,7 @@ for (const part of parts) {
   progress(part);
   await RUN[part]();
 }
-console.table(rows);
-console.table(usageRows);
+for (const table of [rows, usageRows]) if (table.length > 0) console.table(table);
 console.log(`Deadlocks: ${json.deadlocks}`);
 if (values.json) {
   const rounded = JSON.stringify(json, (_, value) =>
