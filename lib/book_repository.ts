@@ -201,6 +201,9 @@ export function checkReservations(
       [since ?? new Date(0), after, limit],
     );
     if (!page?.last) return { next: undefined, count: 0, differences: [] };
+    const next = page.walked < limit ? undefined : page.last;
+    // Nothing of most pages has changed.
+    if (page.count === 0) return { next, count: 0, differences: [] };
     const where = "r.id > ? and r.id <= ? and r.updated_at >= ?";
     const differences = await findUngranted(connection, where, [after, page.last, since ?? new Date(0)]);
     if (since) {
@@ -214,7 +217,7 @@ export function checkReservations(
         })),
       );
     }
-    return { next: page.walked < limit ? undefined : page.last, count: page.count, differences };
+    return { next, count: page.count, differences };
   });
 }
 
