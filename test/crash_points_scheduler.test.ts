@@ -183,8 +183,9 @@ describe("worker.ts stopped past the lease of what it has in hand, then resumed,
 
       process.kill(sleeper.pid, "SIGCONT");
       await until("it goes on", () => processedBy(sleeper).lines > 0);
-      if (has === "nothing") expect(processedBy(sleeper)).toMatchObject({ granted: 0, over: 3 });
-      else expect(processedBy(sleeper).granted).toBe(3);
+      // The scheduler may have sent it the same again before the other worker was there.
+      if (has === "nothing") expect(processedBy(sleeper).over).toBeGreaterThanOrEqual(3);
+      expect(processedBy(sleeper).granted).toBe(has === "nothing" ? 0 : 3);
       await untilDone(test, { count: 3 });
       await expectAllDoneOnce(test, 3);
     },
