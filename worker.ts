@@ -1,43 +1,46 @@
+// The worker takes messages from the queue and grants the reservations that they name: DONE, ledger entry and balance in one
+// transaction, for all messages that have arrived. Only then are the messages acknowledged.
+
 import type { Logger } from "pino";
 import { coalesce } from "./lib/coalesce.ts";
-import { readConfig } from "./lib/config.ts";
-import { type Connection, type Database, DatabaseError, openDatabase } from "./lib/database.ts";
-import { backoffMs } from "./lib/loop.ts";
-import { decodeMessage, type ReservationMessage } from "./lib/message.ts";
-import { addPointsIdempotent, findLedgerEntry } from "./lib/point_repository.ts";
-import { type Outcome, openQueue, type Queue } from "./lib/queue.ts";
+import type { Settings } from "./lib/config.ts";
+import type { Database, Transaction } from "./lib/database.ts";
+import { DatabaseError } from "./lib/database_errors.ts";
+import { describeError } from "./lib/errors.ts";
+import { aborted, backoffMs } from "./lib/loop.ts";
+import { addPointsIdempotent, findGrantEntry } from "./lib/points/ledger_repository.ts";
+import type { PointTransaction } from "./lib/points/point.ts";
+import type { Outcome } from "./lib/queue.ts";
 import {
   type LockedReservation,
   lockReservations,
   markDone,
   markFailed,
   scheduleRetry,
-} from "./lib/reservation_repository.ts";
-import {
-  aborted,
-  describeError,
-  logRetry,
-  pingDatabase,
-  runService,
-  serveHealth,
-  waitForDatabase,
-} from "./lib/service.ts";
-import { checkDatabase } from "./sql/migrate.ts";
+} from "./lib/reservations/claim_repository.ts";
+import { decodeMessage, type ReservationMessage } from "./lib/reservations/message.ts";
+import { serveHealth } from "./lib/service/health.ts";
+import { runService } from "./lib/service/run_service.ts";
+import { pingDatabase, waitForDatabase } from "./lib/service/wait_for_database.ts";
 
+/** Transactions at once: while one waits for the disk, the other computes. Two grant 1.06 × as much as one on two cores. */
+const WORKER_TRANSACTIONS = 2;
+/** The most messages in hand: with one reservation per message, more would wait for their lease if this worker hangs. */
+const MAX_PREFETCH = 10_000;
 /** Waits between the attempts of a reservation that fails for a reason of its own: 1 to 2 s, 2 to 4 s … up to 1 h. */
 const RETRY = { baseMs: 2_000, maxMs: 3_600_000 };
-/** How long a worker that was told to stop grants what it holds, in milliseconds; the rest goes back to the queue. */
+/** The longest time for the messages in hand after a signal, in milliseconds; the rest goes back to the queue. */
 const STOP_MS = 4_000;
-/** How long one batch may be granted one by one, in milliseconds; the rest is left to its lease. */
+/** The longest time to grant one batch one by one, in milliseconds; the rest is claimed again when its lease ends. */
 const ONE_BY_ONE_MS = 20_000;
 
 /**
  * What became of a reservation that a message named:
  * - `granted`: its points are in the balance
  * - `over`: it was DONE, FAILED or CANCELLED before
- * - `not_due`: it is not claimed, or its time has not come; the scheduler brings it when it has
- * - `failed`: refused for good, or to be tried again; the row says why
- * - `busy`: somebody holds a lock on what it needs; its lease brings it again, and no attempt is counted
+ * - `not_due`: it is not claimed, or its time has not come; the scheduler publishes it in time
+ * - `failed`: refused for good, or to be retried; the row has the reason
+ * - `busy`: somebody holds a lock that it needs; it is claimed again when its lease ends, and no attempt is counted
  * - `unknown`: there is no such row
  */
 type Verdict = "granted" | "over" | "not_due" | "failed" | "busy" | "unknown";
@@ -49,9 +52,9 @@ export interface GrantOptions {
 }
 
 /**
- * Grants what some messages name, all in one transaction, and says what becomes of each message, in their order.
+ * Grants what some messages name, all in one transaction, and returns what becomes of each message, in their order.
  *
- * @throws {DatabaseError} where MySQL is away: no message may be acknowledged then
+ * @throws {DatabaseError} if MySQL is away: no message may be acknowledged then
  */
 export async function processMessages(
   messages: readonly ReservationMessage[][],
@@ -77,19 +80,58 @@ export async function processMessages(
 
 interface Granted {
   verdicts: Map<string, Verdict>;
-  /** The longest time between `execute_at` and the grant, in milliseconds; not known of grants one by one. */
+  /** The longest time from `execute_at` to the grant, in milliseconds; not known of grants one by one. */
   maxLateMs?: number;
 }
 
 async function grant(ids: readonly string[], options: GrantOptions): Promise<Granted> {
   try {
-    return await options.database.transaction((connection) => grantTogether(connection, ids));
+    return await options.database.transaction((transaction) => grantTogether(transaction, ids));
   } catch (error) {
     if (!(error instanceof DatabaseError) || error.isOutage) throw error;
-    // One row is at fault, or locked: alone, each of the others is granted.
+    // One row is at fault, or locked: one by one, all others are granted.
     options.logger.warn({ error: describeError(error), count: ids.length }, "granting one by one");
     return { verdicts: await grantOneByOne(ids, options) };
   }
+}
+
+async function grantTogether(transaction: Transaction, ids: readonly string[]): Promise<Granted> {
+  const verdicts = new Map<string, Verdict>();
+  const dueIds: string[] = [];
+  const entries: PointTransaction[] = [];
+  let maxLateMs = 0;
+  for (const row of await lockReservations(transaction, ids)) {
+    const refused = refuse(row);
+    verdicts.set(row.id, refused ?? "granted");
+    if (refused) continue;
+    dueIds.push(row.id);
+    entries.push(entryOf(row));
+    maxLateMs = Math.max(maxLateMs, row.lateMs);
+  }
+  for (const id of ids) if (!verdicts.has(id)) verdicts.set(id, "unknown");
+  if (dueIds.length > 0) {
+    await markDone(transaction, dueIds);
+    // Last: from here to the COMMIT, everyone else who changes the same balances waits for their locks.
+    await addPointsIdempotent(transaction, entries);
+  }
+  return { verdicts, maxLateMs };
+}
+
+/** The row decides, not the message: only what is claimed and due is granted. */
+function refuse(row: LockedReservation): Verdict | undefined {
+  if (row.status === "PROCESSING") return row.isDue ? undefined : "not_due";
+  return row.status === "PENDING" ? "not_due" : "over";
+}
+
+function entryOf({ id, idempotencyKey, userId, pointAmount }: LockedReservation): PointTransaction {
+  return { idempotencyKey, userId, pointAmount, kind: "grant", reservationId: id };
+}
+
+function isEntryOf(
+  entry: Omit<PointTransaction, "kind">,
+  { id, userId, pointAmount }: LockedReservation,
+): boolean {
+  return entry.reservationId === id && entry.userId === userId && entry.pointAmount === pointAmount;
 }
 
 async function grantOneByOne(ids: readonly string[], options: GrantOptions): Promise<Map<string, Verdict>> {
@@ -103,92 +145,68 @@ async function grantOneByOne(ids: readonly string[], options: GrantOptions): Pro
   return verdicts;
 }
 
-async function grantTogether(connection: Connection, ids: readonly string[]): Promise<Granted> {
-  const rows = await lockReservations(connection, ids);
-  const due = rows.filter((row) => refuse(row) === undefined);
-  if (due.length > 0) {
-    await markDone(
-      connection,
-      due.map(({ id }) => id),
-    );
-    // Last: everybody who gets points at this moment waits for the lock on the balance, from here to the COMMIT.
-    await addPointsIdempotent(connection, due);
-  }
-  const verdicts = new Map<string, Verdict>(ids.map((id) => [id, "unknown"]));
-  for (const row of rows) verdicts.set(row.id, refuse(row) ?? "granted");
-  return { verdicts, maxLateMs: due.reduce((max, { lateMs }) => Math.max(max, lateMs), 0) };
-}
-
-/** The row decides, not the message: only what is claimed and due is granted. */
-function refuse(row: LockedReservation): Verdict | undefined {
-  if (row.status === "PROCESSING") return row.isDue ? undefined : "not_due";
-  return row.status === "PENDING" ? "not_due" : "over";
-}
-
 async function grantAlone(id: string, lockedUsers: Set<string>, options: GrantOptions): Promise<Verdict> {
   let userId: string | undefined;
   try {
-    return await options.database.transaction(async (connection) => {
-      const [row] = await lockReservations(connection, [id]);
+    return await options.database.transaction(async (transaction) => {
+      const [row] = await lockReservations(transaction, [id]);
       const refused = row ? refuse(row) : "unknown";
       if (!row || refused) return refused ?? "unknown";
       userId = row.userId;
       if (lockedUsers.has(userId)) return "busy";
-      const entry = await findLedgerEntry(connection, row.idempotencyKey);
-      if (entry && (entry.userId !== row.userId || entry.pointAmount !== row.pointAmount)) {
-        const reason = `The ledger has the idempotency key already, with other content: entry ${entry.id}`;
-        return fail(connection, row, { reason, ...options });
+      const entry = await findGrantEntry(transaction, row.idempotencyKey);
+      if (entry && !isEntryOf(entry, row)) {
+        const reason = `The ledger already has the idempotency key, with other content: entry ${entry.id}`;
+        return fail(transaction, row, { reason, logger: options.logger });
       }
-      await markDone(connection, [id]);
-      if (!entry) await addPointsIdempotent(connection, [row]);
+      await markDone(transaction, [id]);
+      if (!entry) await addPointsIdempotent(transaction, [entryOf(row)]);
       return "granted";
     });
   } catch (error) {
     if (!(error instanceof DatabaseError) || error.isOutage) throw error;
     if (!error.isContended) return recordFailure(id, error, options);
     if (userId !== undefined) lockedUsers.add(userId);
-    options.logger.warn({ reservation: id, error: describeError(error) }, "locked by somebody else");
+    options.logger.warn({ reservation: id, error: describeError(error) }, "locked by another transaction");
     return "busy";
   }
 }
 
-/** Counts an attempt. It takes a write to MySQL, so that no outage of MySQL can end a reservation. */
+/** Counts an attempt. That takes a write to MySQL, so no outage of MySQL can end a reservation. */
 async function recordFailure(id: string, error: DatabaseError, options: GrantOptions): Promise<Verdict> {
-  return options.database.transaction<Verdict>(async (connection) => {
-    const [row] = await lockReservations(connection, [id]);
+  const { database, logger, maxAttempts } = options;
+  return database.transaction<Verdict>(async (transaction) => {
+    const [row] = await lockReservations(transaction, [id]);
     const refused = row ? refuse(row) : "unknown";
     if (!row || refused) return refused ?? "unknown";
     if (error.kind === "out_of_range") {
-      return fail(connection, row, { reason: "The balance would be out of range", ...options });
+      return fail(transaction, row, { reason: "The balance would be out of range", logger });
     }
     const attempts = row.attempts + 1;
-    if (attempts >= options.maxAttempts) {
-      return fail(connection, row, {
+    if (attempts >= maxAttempts) {
+      return fail(transaction, row, {
         reason: `Gave up after ${attempts} attempts: ${error.message}`,
-        ...options,
+        logger,
       });
     }
     const retryInMs = backoffMs(attempts, RETRY);
-    await scheduleRetry(connection, id, { reason: error.message, retryInMs });
-    options.logger.warn(
-      { reservation: id, attempts, retryInMs, error: describeError(error) },
-      "grant failed",
-    );
+    await scheduleRetry(transaction, id, { reason: error.message, retryInMs });
+    logger.warn({ reservation: id, attempts, retryInMs, error: describeError(error) }, "grant failed");
     return "failed";
   });
 }
 
 async function fail(
-  connection: Connection,
+  transaction: Transaction,
   { id }: LockedReservation,
   { reason, logger }: { reason: string; logger: Logger },
 ): Promise<Verdict> {
-  await markFailed(connection, id, { reason });
+  await markFailed(transaction, id, { reason });
   logger.error({ reservation: id, reason }, "reservation FAILED");
   return "failed";
 }
 
-/** Reads a message, and says in the log why one cannot be read. */
+/** Decodes a message; logs the reason if it cannot be read. */
 function readMessage(content: Buffer, logger: Logger): ReservationMessage[] | undefined {
   try {
     return decodeMessage(content);
@@ -198,67 +216,45 @@ function readMessage(content: Buffer, logger: Logger): ReservationMessage[] | un
   }
 }
 
+/**
+ * The messages that a worker holds at once: enough for its transactions, and for the next ones meanwhile. If it hangs, they
+ * wait for their lease.
+ */
+export function prefetchOf({
+  WORKER_BATCH,
+  PUBLISH_CHUNK,
+}: Pick<Settings, "WORKER_BATCH" | "PUBLISH_CHUNK">): number {
+  return Math.min(MAX_PREFETCH, Math.ceil((5 * WORKER_TRANSACTIONS * WORKER_BATCH) / PUBLISH_CHUNK));
+}
+
 if (import.meta.main) {
   await runService({
     name: "worker",
-    configure: () =>
-      readConfig(Bun.env, [
-        "DATABASE_URL",
-        "DATABASE_CONNECTIONS",
-        "ALLOW_LOSSY_DATABASE",
-        "AMQP_URL",
-        "QUEUE",
-        "HOST",
-        "WORKER_PORT",
-        "WORKER_BATCH",
-        "WORKER_PREFETCH",
-        "WORKER_TRANSACTIONS",
-        "MAX_ATTEMPTS",
-        "LOG_LEVEL",
-      ]),
-    async main({ config, logger, signal }) {
-      const database = openDatabase(config.DATABASE_URL, {
-        connections: config.DATABASE_CONNECTIONS,
-        onRetry: logRetry(logger),
-      });
-      let queue: Queue | undefined;
-      const health = serveHealth({
-        hostname: config.HOST,
-        port: config.WORKER_PORT,
-        logger,
-        async isReady() {
-          await pingDatabase(database);
-          return queue?.isReady() ?? false;
+    port: "WORKER_PORT",
+    settings: ["WORKER_BATCH", "PUBLISH_CHUNK", "MAX_ATTEMPTS"],
+    serve: serveHealth,
+    async main({ config, logger, signal, database, openQueue }) {
+      const grantCoalesced = coalesce(
+        (messages: ReservationMessage[][]) =>
+          processMessages(messages, { database, logger, maxAttempts: config.MAX_ATTEMPTS }),
+        // The prefetch limits what waits.
+        {
+          maxBatch: config.WORKER_BATCH,
+          maxCalls: WORKER_TRANSACTIONS,
+          weight: (message) => message.length,
+        },
+      );
+      const queue = openQueue({ connected: "consuming", disconnected: "not consuming" });
+      queue.consume({
+        prefetch: prefetchOf(config),
+        before: () => waitForDatabase(() => pingDatabase(database), { signal, logger }),
+        async handle(content) {
+          const message = readMessage(content, logger);
+          return message ? grantCoalesced(message) : "dead";
         },
       });
-      if (await waitForDatabase(() => checkDatabase(database, config), { signal, logger })) {
-        queue = openQueue(config.AMQP_URL, {
-          name: config.QUEUE,
-          onConnected: () => logger.info({ queue: config.QUEUE }, "consuming"),
-          onDisconnected: (reason, retryInMs) => logger.warn({ reason, retryInMs }, "not consuming"),
-        });
-        const grantCoalesced = coalesce(
-          (messages: ReservationMessage[][]) =>
-            processMessages(messages, { database, logger, maxAttempts: config.MAX_ATTEMPTS }),
-          // What waits is bounded by the prefetch.
-          {
-            maxBatch: config.WORKER_BATCH,
-            maxCalls: config.WORKER_TRANSACTIONS,
-            weight: (message) => message.length,
-          },
-        );
-        queue.consume({
-          prefetch: config.WORKER_PREFETCH,
-          before: () => waitForDatabase(() => pingDatabase(database), { signal, logger }),
-          async handle(content) {
-            const message = readMessage(content, logger);
-            return message ? grantCoalesced(message) : "dead";
-          },
-        });
-        await aborted(signal);
-        await queue.stop(STOP_MS);
-      }
-      await Promise.all([queue?.close(), database.close(), health.stop()]);
+      await aborted(signal);
+      await queue.stop(STOP_MS);
     },
   });
 }

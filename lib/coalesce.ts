@@ -1,29 +1,29 @@
-import { ForeseenError } from "./errors.ts";
+import { ExpectedError } from "./errors.ts";
 
 export interface CoalesceOptions<T> {
-  /** The most that one call may carry: items, or the sum of their weights. One item alone may weigh more. */
+  /** The most that one call carries: items, or the sum of their weights. A single item may weigh more. */
   maxBatch: number;
-  /** The most that may wait for a call; one more is refused with `OverloadError`. No limit unless told. */
+  /** The most that wait for a call, without a limit by default; more are refused with `OverloadError`. */
   maxWaiting?: number;
-  /** The longest wait for a call, in milliseconds; who waited longer is refused with `OverloadError` and not handed over. */
+  /** The longest wait for a call, in milliseconds; an item that has waited longer is refused with `OverloadError`. */
   maxWaitMs?: number;
-  /** What an item counts, 1 unless told. */
+  /** The weight of an item, by default 1. */
   weight?: (item: T) => number;
-  /** The most calls at once, 1 unless told. */
+  /** The most calls at once, by default 1. */
   maxCalls?: number;
 }
 
-/** More waits than may wait; nothing was done with the item. */
-export class OverloadError extends ForeseenError {
+/** A limit on work in hand or waiting is reached; nothing was done with the item. */
+export class OverloadError extends ExpectedError {
   override readonly name = "OverloadError";
 }
 
 /**
- * Makes a gate: of the work that is handed to it, at most `max` is in hand at once; more is refused with `OverloadError`.
+ * Makes a function that runs work, at most `max` pieces at once; more are refused with `OverloadError`.
  *
- * @param what names it, e.g. `bulks`
+ * @param what names the work, e.g. `bulks`
  */
-export function atMost(max: number, what: string): <T>(work: () => Promise<T>) => Promise<T> {
+export function limitConcurrency(max: number, what: string): <T>(work: () => Promise<T>) => Promise<T> {
   let inHand = 0;
   return async (work) => {
     if (inHand >= max) throw new OverloadError(`Cannot take more than ${max} ${what} at once`);
@@ -37,10 +37,10 @@ export function atMost(max: number, what: string): <T>(work: () => Promise<T>) =
 }
 
 /**
- * Gathers items while a call is under way, and hands them over together in the next call: alone where it is quiet, in
- * large batches under load. Items are handed over in their order.
+ * Gathers items while a call is under way, and hands them over together in the next call: one at a time when it is quiet, in
+ * large batches under load. Items keep their order.
  *
- * @param call gets at least one item; returns one result for each, in the same order. What it throws rejects every item of that call.
+ * @param call gets at least one item and returns one result for each, in the same order. An error rejects every item of the call.
  */
 export function coalesce<T, R>(
   call: (items: T[]) => Promise<R[]>,
@@ -63,7 +63,7 @@ export function coalesce<T, R>(
 
   async function run() {
     calls++;
-    // Let all that arrives in this turn of the event loop come along.
+    // Items that arrive in this turn of the event loop join the batch.
     await Promise.resolve();
     while (waiting.length > 0) {
       refuseExpired();
@@ -82,7 +82,7 @@ export function coalesce<T, R>(
     calls--;
   }
 
-  /** Those in front wait longest. */
+  /** Refuses from the front: those items have waited longest. */
   function refuseExpired() {
     const latest = performance.now() - maxWaitMs;
     const alive = waiting.findIndex(({ since }) => since >= latest);

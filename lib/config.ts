@@ -1,14 +1,17 @@
 import { type Static, type TSchema, Type } from "@sinclair/typebox";
 import { Value } from "@sinclair/typebox/value";
-import { isTimeZone } from "./day.ts";
 import { DomainError, showValue } from "./errors.ts";
 
-/** A setting that is a whole number; a default that suits production. */
-function whole(minimum: number, maximum: number, value: number, description: string) {
-  return Type.Integer({ minimum, maximum, default: value, description });
+/** A setting that is a whole number. */
+function whole(description: string, { range, preset }: { range: [number, number]; preset: number }) {
+  return Type.Integer({ minimum: range[0], maximum: range[1], default: preset, description });
 }
 
-/** Every setting: the variable, its rule, its default. The README's table says the same in more words. */
+function port(process: string, preset: number) {
+  return whole(`port of ${process}; 0 takes a free one`, { range: [0, 65_535], preset });
+}
+
+/** Every setting: the variable, its rule, its default. The README has the same table in more words. */
 export const Settings = Type.Object({
   DATABASE_URL: Type.String({
     pattern: "^(mysql|mariadb)://[^/]+/[^/?]+",
@@ -18,55 +21,52 @@ export const Settings = Type.Object({
   QUEUE: Type.String({
     pattern: "^[A-Za-z0-9._-]{1,200}$",
     default: "reservationQueue",
-    description: "queue of due reservations; its dead letters go to the queue of this name and .dead",
+    description: "queue of due reservations; its dead letters go to <QUEUE>.dead",
   }),
   HOST: Type.String({ pattern: "^\\S+$", default: "127.0.0.1", description: "address to listen on" }),
-  PORT: whole(0, 65_535, 1323, "port of the API; 0 takes a free one"),
-  SCHEDULER_PORT: whole(0, 65_535, 1324, "port of the scheduler's health; 0 takes a free one"),
-  WORKER_PORT: whole(0, 65_535, 1325, "port of the worker's health; 0 takes a free one"),
-  // Writers are few by their batches: what needs the others are single reads and changes, of which more at once only queue
+  PORT: port("the API", 1323),
+  SCHEDULER_PORT: port("the scheduler's health checks", 1324),
+  WORKER_PORT: port("the worker's health checks", 1325),
+  // Writes go in few, large batches: only single reads and changes need more connections, and beyond this they only queue
   // inside MySQL.
-  DATABASE_CONNECTIONS: whole(1, 1_000, 10, "most connections to MySQL of one process"),
-  // More than waits in a round trip: at 256 connections batches of 128 made 1.0 ×, of 64 0.8 × the reservations of this.
-  RESERVE_BATCH: whole(1, 5_000, 500, "most reservations in one INSERT"),
-  SCAN_INTERVAL_MS: whole(10, 3_600_000, 10_000, "longest sleep between two scans"),
-  // 2,000 lock for some 40 ms; a larger claim makes those who cancel wait, a smaller one pays the round trips more often.
-  SCAN_BATCH: whole(1, 10_000, 2_000, "most reservations of one claim"),
-  // As short as what is only waiting allows: 5 s for RabbitMQ's confirms, and 22,000 in front of it in the queue at 2,500
-  // grants/s. A shorter one would publish again what a slow database has yet to grant, and so slow it down more.
-  LEASE_MS: whole(1_000, 86_400_000, 15_000, "how long a claim holds before the row is claimed again"),
+  DATABASE_CONNECTIONS: whole("most connections to MySQL of one process", { range: [1, 1_000], preset: 10 }),
+  SCAN_INTERVAL_MS: whole("longest sleep between two scans", { range: [10, 3_600_000], preset: 10_000 }),
+  // 2,000 hold their locks for some 40 ms; a larger claim delays cancels, a smaller one pays for more round trips.
+  SCAN_BATCH: whole("most reservations of one claim", { range: [1, 10_000], preset: 2_000 }),
+  // As short as the ordinary waits allow: 5 s for RabbitMQ's confirms, and 22,000 reservations ahead in the queue at 2,500
+  // grants/s. A shorter lease would publish again what a slow database has yet to grant, and slow it down further.
+  LEASE_MS: whole("how long a claim holds before its rows are claimed again", {
+    range: [1_000, 86_400_000],
+    preset: 15_000,
+  }),
   // As large as a worker's batch: with 500, four workers on two cores took half batches and granted 0.81 × of what one
   // did, with 1,000 0.94 × (`bun run bench --part scale`).
-  PUBLISH_CHUNK: whole(1, 1_000, 1_000, "most reservations in one message"),
-  PUBLISH_TIMEOUT_MS: whole(100, 60_000, 5_000, "how long to wait for RabbitMQ's confirms"),
-  // A second or two of grants at hand; what is behind them can still be cancelled without a worker's doing.
+  PUBLISH_CHUNK: whole("most reservations in one message; the same for schedulers and workers", {
+    range: [1, 1_000],
+    preset: 1_000,
+  }),
+  // A second or two of grants at hand; a reservation behind them can still be cancelled before a worker has it.
   QUEUED_RESERVATIONS: whole(
-    1,
-    1_000_000,
-    20_000,
     "nothing is claimed while the queue holds this many, each message counted as PUBLISH_CHUNK",
+    { range: [1, 1_000_000], preset: 20_000 },
   ),
-  // 1,000 grants keep MySQL for some 0.1 s: so long do those wait who want the same balances.
-  WORKER_BATCH: whole(1, 5_000, 1_000, "most reservations granted in one transaction"),
-  // While one transaction waits for the disk, the other computes: 1.06 × the grants of one on two cores.
-  WORKER_TRANSACTIONS: whole(1, 100, 2, "transactions of a worker at once"),
-  // Two batches under way and the next ones at hand; what a worker holds is what waits for its lease if it hangs.
-  WORKER_PREFETCH: whole(1, 10_000, 10, "most messages in a worker's hands"),
-  MAX_ATTEMPTS: whole(1, 100, 10, "failures of its own after which a reservation is FAILED"),
-  // An hour's entries are counted within seconds; sooner than that only the figures of today are.
-  AGGREGATE_INTERVAL_MS: whole(0, 86_400_000, 3_600_000, "how often the daily totals are made; 0: never"),
+  // 1,000 grants keep MySQL busy for some 0.1 s: for that long, everyone else who needs the same balances waits.
+  WORKER_BATCH: whole("most reservations granted in one transaction", { range: [1, 5_000], preset: 1_000 }),
+  MAX_ATTEMPTS: whole("failed attempts after which a reservation is FAILED", { range: [1, 100], preset: 10 }),
+  // An hour's entries are counted within seconds; only the figures of the current day need it more often.
+  AGGREGATE_INTERVAL_MS: whole("how often the schedulers aggregate and reconcile; 0: never", {
+    range: [0, 86_400_000],
+    preset: 3_600_000,
+  }),
   AGGREGATE_TIME_ZONE: Type.String({
     pattern: "^[A-Z][A-Za-z0-9_+/-]*$",
     default: "UTC",
-    description: "whose days the totals are of",
+    description: "time zone of the days of the totals",
   }),
-  ALLOW_LOSSY_DATABASE: Type.Boolean({
-    default: false,
-    description: "run on a MySQL whose settings lose commits",
-  }),
+  ALLOW_LOSSY_DATABASE: Type.Boolean({ default: false, description: "run on a MySQL that may lose commits" }),
   LOG_LEVEL: Type.Union(
     ["trace", "debug", "info", "warn", "error", "fatal"].map((level) => Type.Literal(level)),
-    { default: "info", description: "least level that is logged" },
+    { default: "info", description: "lowest level that is logged" },
   ),
 });
 export type Settings = Static<typeof Settings>;
@@ -74,9 +74,18 @@ export type Settings = Static<typeof Settings>;
 const URLS = ["DATABASE_URL", "AMQP_URL"];
 
 /**
+ * Reads settings from the environment of this process.
+ *
+ * @throws {DomainError} INVALID_SETTING
+ */
+export function readSettings<Name extends keyof Settings>(names: readonly Name[]): Pick<Settings, Name> {
+  return readConfig(Bun.env, names);
+}
+
+/**
  * Reads the settings that a process needs. An empty variable counts as not set.
  *
- * @throws {DomainError} INVALID_SETTING, one line with the variable, the rule and the value; passwords are left out
+ * @throws {DomainError} INVALID_SETTING, one line with the variable, the rule and the value, never with a password
  */
 export function readConfig<Name extends keyof Settings>(
   env: Record<string, string | undefined>,
@@ -86,8 +95,8 @@ export function readConfig<Name extends keyof Settings>(
   const config = Object.fromEntries(
     names.map((name) => {
       const value = parse(Settings.properties[name], env[name]);
-      const received = findFault(name, value, env[name]);
-      if (received) broken.push(`${name} must be ${ruleOf(name)}: ${received}`);
+      const fault = findFault(name, value, env[name]);
+      if (fault) broken.push(`${name} must be ${fault}`);
       return [name, value];
     }),
   );
@@ -97,14 +106,26 @@ export function readConfig<Name extends keyof Settings>(
   return config as Pick<Settings, Name>;
 }
 
-/** What is wrong with a setting, or undefined. */
+/** The value of a variable, or its default; undefined if it has neither. */
+function parse(schema: TSchema, text: string | undefined): unknown {
+  if (text === undefined || text === "") return schema.default;
+  if (schema.type === "integer" && /^\d{1,15}$/.test(text)) return Number(text);
+  if (schema.type === "boolean" && /^(true|false)$/.test(text)) return text === "true";
+  return text;
+}
+
+/** The rule that a setting breaks, with the value; undefined if it breaks none. */
 function findFault(name: keyof Settings, value: unknown, text: string | undefined): string | undefined {
-  if (value === undefined) return "it is not set";
+  const rule = ruleOf(name);
+  if (value === undefined) return `${rule}: it is not set`;
+  const received = URLS.includes(name) ? withoutPassword(String(text)) : showValue(text);
+  if (URLS.includes(name) && !isUrl(String(text))) {
+    return `${rule}, with special characters percent-encoded: received ${received}`;
+  }
   const isRight =
     Value.Check(Settings.properties[name], value) &&
-    (!URLS.includes(name) || isUrl(String(text))) &&
     (name !== "AGGREGATE_TIME_ZONE" || isTimeZone(String(value)));
-  return isRight ? undefined : showSetting(name, String(text));
+  return isRight ? undefined : `${rule}: received ${received}`;
 }
 
 /** Whether the drivers can read it, user and password included. */
@@ -118,30 +139,37 @@ function isUrl(text: string): boolean {
   }
 }
 
-/** The value of a variable, or its default; undefined where it has neither. */
-function parse(schema: TSchema, text: string | undefined): unknown {
-  if (text === undefined || text === "") return schema.default;
-  if (schema.type === "integer" && /^\d{1,15}$/.test(text)) return Number(text);
-  if (schema.type === "boolean" && /^(true|false)$/.test(text)) return text === "true";
-  return text;
-}
-
-/** A value as an error may show it: never a URL's password. */
-function showSetting(name: keyof Settings, text: string): string {
-  if (!URLS.includes(name)) return `received ${showValue(text)}`;
+function withoutPassword(text: string): string {
   const parsed = URL.parse(text);
   return parsed?.host
-    ? `received ${parsed.protocol}//${parsed.username ? "…@" : ""}${parsed.host}${parsed.pathname}`
-    : "received a value that is no URL (not shown, it may hold a password)";
+    ? `${parsed.protocol}//${parsed.username ? "…@" : ""}${parsed.host}${parsed.pathname}`
+    : "a value that is not a URL (not shown, as it may contain a password)";
 }
+
+const RULES: Partial<Record<keyof Settings, string>> = {
+  DATABASE_URL: "like mysql://user:password@host:3306/database",
+  AMQP_URL: "like amqp://user:password@host:5672",
+  QUEUE: "1 to 200 of A-Z, a-z, 0-9, ., _ and -",
+  HOST: "an IP address or a host name of this machine",
+  AGGREGATE_TIME_ZONE: "UTC or the name of a time zone like Asia/Tokyo",
+};
 
 function ruleOf(name: keyof Settings): string {
   const schema: TSchema = Settings.properties[name];
-  if (name === "DATABASE_URL") return "like mysql://user:password@host:3306/database";
-  if (name === "AMQP_URL") return "like amqp://user:password@host:5672";
-  if (name === "AGGREGATE_TIME_ZONE") return "UTC or the name of a time zone like Asia/Tokyo";
   if (schema.type === "integer") return `a whole number from ${schema.minimum} to ${schema.maximum}`;
   if (schema.type === "boolean") return "true or false";
   if (schema.anyOf) return `one of ${schema.anyOf.map((option: TSchema) => option.const).join(", ")}`;
-  return `text that matches ${schema.pattern}`;
+  return RULES[name] ?? `text that matches ${schema.pattern}`;
+}
+
+/** Whether it is the name of a time zone in the spelling of the IANA database, e.g. `Asia/Tokyo`. */
+export function isTimeZone(name: string): boolean {
+  if (name === "UTC") return true;
+  // `Intl` alone would also take offsets, abbreviations and names in the wrong case.
+  if (!/^[A-Z][A-Za-z_]+(\/[A-Za-z0-9_+-]+)+$/.test(name)) return false;
+  try {
+    return new Intl.DateTimeFormat("en", { timeZone: name }).resolvedOptions().timeZone !== undefined;
+  } catch {
+    return false;
+  }
 }

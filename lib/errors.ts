@@ -1,9 +1,9 @@
 /** An error whose message says all that there is to say: a log shows it without its stack. */
-export class ForeseenError extends Error {
-  override readonly name: string = "ForeseenError";
+export class ExpectedError extends Error {
+  override readonly name: string = "ExpectedError";
 }
 
-/** What can go wrong by the rules of the domain; `api.ts` maps each code to one HTTP status. */
+/** The rules of the domain that can be broken; `http/error_answer.ts` maps each code to one HTTP status. */
 export type DomainErrorCode =
   | "INVALID_INPUT"
   | "NOT_FOUND"
@@ -15,7 +15,7 @@ export type DomainErrorCode =
   | "TIME_ZONE"
   | "CANNOT_LISTEN";
 
-/** One broken rule: the sentence that clients know, and the same told with the rule and the value. */
+/** One broken rule: the sentence that clients know, and an explanation with the rule and the value. */
 export interface BrokenRule {
   /** Stable sentence, safe to compare with, e.g. `user id is invalid format`. */
   sentence: string;
@@ -23,15 +23,15 @@ export interface BrokenRule {
   explanation: string;
 }
 
-/** A rule of the domain said no. Its message and its rules are safe to show to a client. */
-export class DomainError extends ForeseenError {
+/** A broken rule of the domain. Its message and its rules are safe to show to a client. */
+export class DomainError extends ExpectedError {
   override readonly name = "DomainError";
 
   constructor(
     readonly code: DomainErrorCode,
     message: string,
     readonly brokenRules: readonly BrokenRule[] = [],
-    /** What a program may want to know about it, by name. */
+    /** Facts for programs, by name. */
     readonly facts?: Record<string, unknown>,
   ) {
     super(message);
@@ -43,7 +43,7 @@ const MAX_SHOWN = 60;
 /** A value as an error message shows it: as JSON, cut to 60 characters so that no input can flood a log. */
 export function showValue(value: unknown): string {
   if (value === undefined) return "nothing";
-  // Never as JSON: whoever nests them deep enough would have us at work for minutes.
+  // Never as JSON: one that is nested deeply enough would take minutes.
   if (Array.isArray(value)) return `an array of ${value.length}`;
   if (typeof value === "object" && value !== null) return "an object";
   const isCut = typeof value === "string" && value.length > MAX_SHOWN;
@@ -60,4 +60,31 @@ export function explain({ message, brokenRules }: DomainError): string {
   const shown = brokenRules.slice(0, MAX_EXPLAINED).map(({ explanation }) => explanation);
   const more = brokenRules.length > shown.length ? `; and ${brokenRules.length - shown.length} more` : "";
   return `${message}: ${shown.join("; ")}${more}`;
+}
+
+/** The error for something that does not exist. */
+export function notFound(sentence: string, explanation: string): DomainError {
+  return new DomainError("NOT_FOUND", "Not found", [{ sentence, explanation }]);
+}
+
+/** The rule that an idempotency key must always come with the same content. */
+export const KEY_CONFLICT: BrokenRule = {
+  sentence: "idempotency key is used with other content",
+  explanation: "one key must always come with the same content; nothing was done",
+};
+
+/** The error for an idempotency key that was used with other content. */
+export function keyConflict(broken: readonly BrokenRule[] = [KEY_CONFLICT]): DomainError {
+  return new DomainError(
+    "IDEMPOTENCY_CONFLICT",
+    "The idempotency key was used before, with other content",
+    broken,
+  );
+}
+
+/** An error as a log may show it: without its stack if the message says everything. */
+export function describeError(error: unknown): Record<string, unknown> {
+  if (error instanceof ExpectedError) return { name: error.name, message: error.message };
+  if (error instanceof Error) return { name: error.name, message: error.message, stack: error.stack };
+  return { message: String(error) };
 }

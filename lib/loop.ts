@@ -1,20 +1,26 @@
 import { setTimeout as wait } from "node:timers/promises";
 
-/** Waits some milliseconds, or shorter where `signal` is aborted meanwhile; never throws. */
+/** Waits, at most until `signal` is aborted; never throws. */
 export async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
   await wait(ms, undefined, signal ? { signal } : {}).catch(() => undefined);
 }
 
+/** Resolves when `signal` is aborted. */
+export function aborted(signal: AbortSignal): Promise<void> {
+  if (signal.aborted) return Promise.resolve();
+  return new Promise((resolve) => signal.addEventListener("abort", () => resolve(), { once: true }));
+}
+
 /**
- * How long to wait before try `attempt + 1`: doubles from `baseMs` up to `maxMs`, of which a random half is taken off, so
- * that those who failed together do not come back together.
+ * The wait after a failed attempt: doubles from `baseMs` up to `maxMs`, minus a random part of up to half, so that those that
+ * failed together do not come back together.
  */
 export function backoffMs(attempt: number, { baseMs, maxMs }: { baseMs: number; maxMs: number }): number {
   const full = Math.min(maxMs, baseMs * 2 ** Math.min(attempt - 1, 30));
   return Math.round(full / 2 + (Math.random() * full) / 2);
 }
 
-/** Settles as `promise` does, or rejects with `late()` after `ms`; the promise itself is then left to itself. */
+/** Settles as `promise` does, or rejects with `late()` after `ms`; the work behind the promise is not stopped. */
 export async function withDeadline<T>(promise: Promise<T>, ms: number, late: () => Error): Promise<T> {
   const { promise: expired, reject } = Promise.withResolvers<never>();
   const timer = setTimeout(() => reject(late()), ms);
@@ -27,23 +33,24 @@ export async function withDeadline<T>(promise: Promise<T>, ms: number, late: () 
 
 /** A sleep that can be cut short, also before it begins. */
 export interface Alarm {
-  /** Ends the sleep, this one or the next, at the latest `ms` from now. */
+  /** Ends the current or the next sleep at the latest `ms` from now. */
   wakeIn(ms: number): void;
-  /** Forgets what was said until now. */
+  /** Forgets all earlier calls of `wakeIn()`. */
   clear(): void;
-  /** Sleeps `ms`, shorter where the alarm or `signal` ends it. */
+  /** Sleeps `ms`, or until the alarm or `signal` ends it. */
   sleep(ms: number, signal: AbortSignal): Promise<void>;
 }
 
+/** Makes an alarm that is not set. */
 export function openAlarm(): Alarm {
   let wakeAtMs = Infinity;
-  let rouse = () => {};
+  let wake = () => {};
   return {
     wakeIn(ms) {
       const atMs = performance.now() + ms;
       if (atMs >= wakeAtMs) return;
       wakeAtMs = atMs;
-      rouse();
+      wake();
     },
     clear() {
       wakeAtMs = Infinity;
@@ -53,30 +60,30 @@ export function openAlarm(): Alarm {
       for (;;) {
         const leftMs = Math.min(endMs, wakeAtMs) - performance.now();
         if (leftMs <= 0 || signal.aborted) return;
-        // A new time to wake ends this sleep and begins one that is shorter.
-        const roused = new AbortController();
-        rouse = () => roused.abort();
-        const stop = () => roused.abort();
-        signal.addEventListener("abort", stop, { once: true });
-        await sleep(Math.ceil(leftMs), roused.signal);
-        signal.removeEventListener("abort", stop);
+        // An earlier time ends this sleep and begins a shorter one.
+        const woken = new AbortController();
+        wake = () => woken.abort();
+        signal.addEventListener("abort", wake, { once: true });
+        await sleep(Math.ceil(leftMs), woken.signal);
+        signal.removeEventListener("abort", wake);
       }
     },
   };
 }
 
+/** How to retry, and what to do after a failure. */
 export interface RetryOptions {
   signal: AbortSignal;
-  /** Called after each failure with the error and the time until the next try; throws what no retry can mend. */
+  /** Called after each failure; throws the error if retrying is of no use. */
   onFailure: (error: unknown, retryInMs: number) => void;
   baseMs?: number;
   maxMs?: number;
 }
 
 /**
- * Tries until it succeeds, with backoff, for as long as it takes.
+ * Retries with backoff until an attempt succeeds.
  *
- * @returns the result, or undefined where `signal` was aborted first
+ * @returns the result, or undefined if `signal` was aborted first
  */
 export async function retry<T>(attempt: () => Promise<T>, options: RetryOptions): Promise<T | undefined> {
   const { signal, onFailure, baseMs = 200, maxMs = 5_000 } = options;
@@ -93,8 +100,8 @@ export async function retry<T>(attempt: () => Promise<T>, options: RetryOptions)
 }
 
 /**
- * Runs a step again and again until `signal` is aborted; a step under way is finished. The step says how many
- * milliseconds to sleep before the next one; one that throws is tried again with backoff.
+ * Repeats a step until `signal` is aborted; a step under way is finished. The step returns how many milliseconds to sleep
+ * before the next one. A step that throws is retried with backoff.
  *
  * @param options.alarm sleeps between the steps
  */

@@ -1,82 +1,78 @@
 import type { Socket } from "node:net";
 import { type ChannelModel, type ConfirmChannel, type ConsumeMessage, connect } from "amqplib";
 import { v7 as uuidv7 } from "uuid";
-import { ForeseenError } from "./errors.ts";
+import { ExpectedError } from "./errors.ts";
 import { backoffMs, sleep, withDeadline } from "./loop.ts";
 
-/** RabbitMQ is away, blocked, or did not confirm in time. Nobody knows whether what was published arrived. */
-export class QueueError extends ForeseenError {
+/** RabbitMQ is away, blocked or too slow. A message that was just published may have arrived or not. */
+export class QueueError extends ExpectedError {
   override readonly name = "QueueError";
 }
 
-/** What becomes of a message: done with, or moved to the dead-letter queue. */
+/** What to do with a handled message: acknowledge it, or move it to the dead-letter queue. */
 export type Outcome = "ack" | "dead";
 
 export interface ConsumeOptions {
-  /** The most messages handed over and not yet acknowledged. */
+  /** The most messages that are handed over and not yet acknowledged. */
   prefetch: number;
-  /** Awaited before each connection: what the handler needs must be there. */
+  /** Awaited before each connection: waits for what the handler needs. */
   before: () => Promise<unknown>;
   /**
-   * Handles one message; several run at once, up to `prefetch`. What it throws ends the subscription: all that is open goes
-   * back to the queue, and after a backoff and `before` the queue is consumed again.
+   * Handles one message; up to `prefetch` run at once. An error ends the subscription: all unacknowledged messages go back
+   * to the queue, which is consumed again after a backoff and `before`.
    */
   handle: (content: Buffer) => Promise<Outcome>;
 }
 
+/** A queue of RabbitMQ, across any number of connections. */
 export interface Queue {
   /**
-   * Publishes persistent messages and waits for the broker's confirms. Resolves to how many were confirmed; the others
-   * may have arrived or not. Never rejects.
+   * Publishes persistent messages and waits for the broker's confirms. Resolves to the number of confirmed messages; the
+   * others may have arrived or not. Never rejects.
    */
   publish(contents: readonly Buffer[]): Promise<number>;
-  /**
-   * Tells whoever listens with `onHint`. Nobody waits for it, and it may get lost: where RabbitMQ is away it is.
-   */
+  /** Sends a hint to everyone who listens with `onHint`. It may get lost, and does while RabbitMQ is away. */
   hint(content: Buffer): void;
   /**
-   * How many messages wait in the queue.
+   * The number of messages that wait in the queue.
    *
-   * @throws {QueueError} where RabbitMQ is away or takes no messages now
+   * @throws {QueueError} if RabbitMQ is away or accepts no messages
    */
   depth(): Promise<number>;
   /** Consumes, across any number of reconnects, until `stop()`. */
   consume(options: ConsumeOptions): void;
-  /** Takes no more messages, and waits until those in hand are handled, `withinMs` at most. */
+  /** Takes no more messages, and waits at most `withinMs` until those in hand are handled. */
   stop(withinMs: number): Promise<void>;
-  /** Whether messages can be published, and where there is a consumer, are delivered. */
+  /** Whether messages can be published and, if there is a consumer, are delivered. */
   isReady(): boolean;
   close(): Promise<void>;
 }
 
-/** What the queue reports, for the log. */
-export interface QueueEvents {
+export interface QueueOptions {
+  /** The name of the queue; its dead letters go to the queue `<name>.dead`. */
+  name: string;
+  /** The longest wait for the broker's confirms, in milliseconds. */
+  publishTimeoutMs?: number;
   onConnected: () => void;
   onDisconnected: (reason: string, retryInMs: number) => void;
-}
-
-export interface QueueOptions extends QueueEvents {
-  /** Name of the queue; its dead letters go to the queue `<name>.dead`. */
-  name: string;
-  /** How long to wait for the broker's confirms, in milliseconds. */
-  publishTimeoutMs?: number;
-  /** Gets the hints of all who have opened the queue of this name. */
+  /** Receives the hints of everyone who has opened the queue of this name. */
   onHint?: (content: Buffer) => void;
 }
 
 const CONNECT_MS = 10_000;
 const CALL_MS = 5_000;
+const PUBLISH_TIMEOUT_MS = 5_000;
 const CLOSE_MS = 2_000;
 const BACKOFF = { baseMs: 250, maxMs: 5_000 };
-/** A connection that lasted this long was a good one: the next backoff starts small again. */
+/** A connection that lasts this long has succeeded: the next backoff starts from the smallest wait. */
 const GOOD_MS = 10_000;
-/** Far more than back-pressure lets in; a publisher that runs wild is refused, not the broker's disk filled. */
+/** Far more than back-pressure lets in: a publisher that runs wild is refused before it fills the broker's disk. */
 const MAX_MESSAGES = 1_000_000;
 const MAX_DEAD_MESSAGES = 100_000;
-/** Hints that wait for one listener; the oldest make room, since the listener looks at the tables anyhow. */
+/** The most hints that wait for one listener; the oldest are dropped, since one hint makes the listener look at all rows. */
 const MAX_HINTS = 100;
 const HINT_TTL_MS = 10_000;
-/** A message that was given back so often kills its workers; RabbitMQ moves it to the dead letters. */
+/** A message that is redelivered more often seems to kill its workers: RabbitMQ moves it to the dead letters. */
 const MAX_DELIVERIES = 20;
 
 interface Session {
@@ -91,12 +87,12 @@ interface Session {
 }
 
 /**
- * Keeps a connection to RabbitMQ with its queues: connects, and after a loss of any kind connects again with backoff, until
+ * Keeps a connection to RabbitMQ and declares its queues: connects, and reconnects with backoff after any loss, until
  * `close()`. Returns at once.
  */
 export function openQueue(
   url: string,
-  { name, publishTimeoutMs = 5_000, onConnected, onDisconnected, onHint }: QueueOptions,
+  { name, publishTimeoutMs = PUBLISH_TIMEOUT_MS, onConnected, onDisconnected, onHint }: QueueOptions,
 ): Queue {
   const closing = new AbortController();
   let session: Session | undefined;
@@ -151,7 +147,7 @@ export function openQueue(
     inHand++;
     try {
       const outcome = await handle(message.content);
-      // On another session this message was given back already, and comes again.
+      // The lost session has given the message back: it is delivered again.
       if (session !== current) return;
       if (outcome === "ack") current.channel.ack(message);
       else current.channel.reject(message, false);
@@ -164,14 +160,14 @@ export function openQueue(
 
   function connected(): Session {
     if (!session) throw new QueueError("RabbitMQ is not connected");
-    if (session.blocked) throw new QueueError("RabbitMQ takes no messages: memory or disk alarm");
+    if (session.blocked) throw new QueueError("RabbitMQ accepts no messages: memory or disk alarm");
     return session;
   }
 
   const closed = new Promise<string>((resolve) => {
     closing.signal.addEventListener("abort", () => resolve("closed"), { once: true });
   });
-  // Not before the caller could say `consume()`.
+  // Only after this turn, in which the caller may call `consume()`.
   const supervised = Promise.resolve().then(supervise);
 
   return {
@@ -186,10 +182,10 @@ export function openQueue(
       try {
         await withDeadline(Promise.all(confirms), publishTimeoutMs, late);
       } catch (error) {
-        // RabbitMQ tells of an alarm only after a publish. A new session would not know of it, and publish again.
+        // RabbitMQ reports an alarm only after a publish. A new session would not know of it, and publish again.
         if (!current.blocked) current.end((error as Error).message);
       }
-      // The queue is gone: a new session makes it again.
+      // The queue is missing: a new session declares it again.
       if (current.returned.size > 0) current.end("RabbitMQ returned messages: the queue is missing");
       return confirmed;
     },
@@ -198,7 +194,7 @@ export function openQueue(
       try {
         session.channel.publish(hintsOf(name), "", content, { persistent: false });
       } catch {
-        // The channel closed since.
+        // The channel has closed.
       }
     },
     async depth() {
@@ -213,7 +209,7 @@ export function openQueue(
     },
     consume(options) {
       consumer = options;
-      // A session that is there already has no consumer: the next one has.
+      // The current session has no consumer; the next one has.
       session?.end("consuming begins");
     },
     async stop(withinMs) {
@@ -231,7 +227,7 @@ export function openQueue(
     },
     async close() {
       closing.abort();
-      // A connection that is just being made may hang; it dies with the process.
+      // A connection attempt may hang; it ends with the process.
       await Promise.race([supervised, sleep(CLOSE_MS + 500)]);
     },
   };
@@ -244,7 +240,7 @@ async function openSession(url: string, name: string): Promise<Session> {
     timeout: CONNECT_MS,
   });
   const { promise: ended, resolve: end } = Promise.withResolvers<string>();
-  // Without these listeners an error of the connection or the channel would end the process.
+  // Without these listeners, an error of the connection or the channel would end the process.
   connection.on("error", (error) => end(error.message));
   connection.on("close", () => end("RabbitMQ closed the connection"));
   try {
@@ -285,7 +281,7 @@ async function assertQueues(channel: ConfirmChannel, name: string) {
       "x-queue-type": "quorum",
       "x-max-length": MAX_MESSAGES,
       "x-delivery-limit": MAX_DELIVERIES,
-      // Dead letters that are safe across a crash of the broker need both of these.
+      // Both are needed to keep dead letters across a crash of the broker.
       "x-overflow": "reject-publish",
       "x-dead-letter-strategy": "at-least-once",
       "x-dead-letter-exchange": "",
@@ -294,7 +290,7 @@ async function assertQueues(channel: ConfirmChannel, name: string) {
   });
 }
 
-/** The exchange that hands a hint to every listener. */
+/** The exchange that sends each hint to every listener. */
 function hintsOf(name: string): string {
   return `${name}.hints`;
 }
@@ -310,36 +306,36 @@ async function listenForHints(channel: ConfirmChannel, name: string, onHint: (co
   await channel.consume(queue, (message) => message && onHint(message.content), { noAck: true });
 }
 
-/** Resolves to whether the broker has the message in the queue; never rejects. */
+/** Resolves to whether the broker has put the message into the queue; never rejects. */
 function publishOne({ channel, returned }: Session, name: string, content: Buffer): Promise<boolean> {
   const messageId = uuidv7();
   return new Promise((resolve) => {
     const options = { persistent: true, mandatory: true, contentType: "application/json", messageId };
     try {
       channel.publish("", name, content, options, (error) => {
-        // A message that no queue took is returned first and confirmed all the same.
+        // A message that reaches no queue is returned first, and then confirmed as well.
         resolve(!error && !returned.has(messageId));
       });
     } catch {
-      // The channel closed since; the row's lease brings it again.
+      // The channel has closed; the rows are claimed again when their lease ends.
       resolve(false);
     }
   });
 }
 
-/** Dead peers are noticed after two heartbeats of 20 s, unless the URL says otherwise. */
+/** Unless the URL sets a heartbeat, a dead peer is noticed after two heartbeats of 20 s. */
 function withHeartbeat(url: string): string {
   const parsed = new URL(url);
   if (!parsed.searchParams.has("heartbeat")) parsed.searchParams.set("heartbeat", "20");
   return parsed.href;
 }
 
-/** Closes, or gives up after 2 s: a dead connection's close may never settle. */
+/** Closes, or gives up after 2 s: closing a dead connection may never settle. */
 async function closeQuietly(connection: ChannelModel): Promise<void> {
   try {
     await withDeadline(connection.close(), CLOSE_MS, () => new QueueError("late"));
   } catch {
-    // A blocked or vanished broker does not answer; its socket must not stay.
+    // A broker that is blocked or gone does not answer; its socket must not stay open.
     (connection.connection as unknown as { stream: Socket }).stream.destroy();
   }
 }

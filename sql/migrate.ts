@@ -2,26 +2,38 @@ import { createHash } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Connection, createConnection, type RowDataPacket } from "mysql2/promise";
-import { readConfig, type Settings } from "../lib/config.ts";
-import {
-  checkDurability,
-  type Database,
-  DatabaseError,
-  databaseErrorOf,
-  openDatabase,
-} from "../lib/database.ts";
+import type { Settings } from "../lib/config.ts";
+import { checkDurability, type Database } from "../lib/database.ts";
+import { DatabaseError, databaseErrorOf } from "../lib/database_errors.ts";
 import { DomainError } from "../lib/errors.ts";
 
+/**
+ * A file of SQL. A statement ends with `;` at the end of a line; a line that begins with `--` is a comment. A crash may
+ * come between any two statements, and the file then runs again: what a statement has created, added or dropped already
+ * is skipped, and an INSERT must be one that may run twice.
+ */
 interface Migration {
   name: string;
-  sql: string;
+  statements: string[];
   checksum: string;
 }
 
-type Applied = { name: string; checksum: string; finished: number };
+interface Applied {
+  name: string;
+  checksum: string;
+  finished: number;
+}
 
 const CONNECT_MS = 10_000;
 const LOCK_SECONDS = 60;
+
+/** Errors of a statement that an interrupted run has done before, by their numbers in MySQL and MariaDB. */
+const DONE_BEFORE = new Set([
+  ...[1050, 1051], // the table exists; it does not exist any more
+  ...[1060, 1061], // the column, the key exists
+  ...[1826, 3822], // the check exists: MariaDB, MySQL
+  ...[1091, 3821, 3940], // the column or key, the check, the constraint does not exist any more
+]);
 
 function schemaError(message: string): DomainError {
   return new DomainError("SCHEMA", message);
@@ -36,18 +48,32 @@ async function readMigrations(folder: string): Promise<Migration[]> {
   }
   return Promise.all(
     names.map(async (name) => {
-      // A checkout with CRLF is the same migration.
-      const sql = (await readFile(join(folder, name), "utf8")).replaceAll("\r\n", "\n");
-      return { name, sql, checksum: createHash("sha256").update(sql).digest("hex") };
+      const statements = statementsOf(await readFile(join(folder, name), "utf8"));
+      // Of what runs: a checkout with other line ends, or a comment that was mended, is the same migration.
+      const text = statements.map((sql) => sql.replaceAll(/\s+/g, " ")).join(";\n");
+      return { name, statements, checksum: createHash("sha256").update(text).digest("hex") };
     }),
   );
 }
 
-/** The migrations that have not run yet; throws where one that has run was changed since. */
+function statementsOf(sql: string): string[] {
+  return sql
+    .replaceAll(/^\s*--.*$/gm, "")
+    .split(/;\s*$/m)
+    .map((statement) => statement.trim())
+    .filter((statement) => statement !== "");
+}
+
+/** The migrations that have not run yet; throws if one that has run is not the same any more. */
 function pendingOf(migrations: readonly Migration[], applied: readonly Applied[]): Migration[] {
+  if (applied.some((row) => isUnreleased(row, migrations, applied))) {
+    throw schemaError(
+      "Cannot use this database as it was made by SQL files that were never released: create an empty database, point DATABASE_URL at it and run `bun run migrate`",
+    );
+  }
   return migrations.filter(({ name, checksum }) => {
     const before = applied.find((row) => row.name === name);
-    // One that failed in the middle may be mended; one that has run is history.
+    // A file that failed in the middle may be fixed; one that has run is history.
     if (before?.finished && before.checksum !== checksum) {
       throw schemaError(
         `Cannot go on as ${name} was changed after it had run: restore it, and put the change in a new file`,
@@ -57,18 +83,33 @@ function pendingOf(migrations: readonly Migration[], applied: readonly Applied[]
   });
 }
 
-const SELECT_APPLIED = "select name, checksum, finished_at is not null finished from schema_migrations";
+/** Whether a file that has run was one of those before the first release, of which 0001_points.sql was rewritten. */
+function isUnreleased(
+  { name, checksum, finished }: Applied,
+  migrations: readonly Migration[],
+  applied: readonly Applied[],
+): boolean {
+  const ours = migrations.find((migration) => migration.name.slice(0, 4) === name.slice(0, 4));
+  if (!ours) return false;
+  if (ours.name !== name) return true;
+  const isRewritten = finished === 1 && checksum !== ours.checksum;
+  return isRewritten && applied.some((row) => row.name === "0002_changes_and_campaigns.sql");
+}
+
+const SELECT_APPLIED =
+  "/* find_applied */ select name, checksum, finished_at is not null finished from schema_migrations";
 
 /**
- * Refuses a schema that is behind this code, or made of other files. A schema that is ahead is accepted: while a new
- * version rolls out, the old one still runs.
+ * Refuses a schema that is behind this code, or made of other files. Accepts a schema that is ahead: while a new version
+ * rolls out, the old one still runs.
  *
- * @throws {DomainError} SCHEMA, with the command that mends it
+ * @throws {DomainError} SCHEMA, with the command that fixes it
  */
 export async function checkSchema(database: Database, folder: string = import.meta.dir): Promise<void> {
   const applied = await database.run(async (connection) => {
     const [table] = await connection.select(
-      "select 1 from information_schema.tables where table_schema = database() and table_name = 'schema_migrations'",
+      `/* find_schema_migrations */ select 1 from information_schema.tables
+       where table_schema = database() and table_name = 'schema_migrations'`,
     );
     return table ? connection.select<Applied>(SELECT_APPLIED) : [];
   });
@@ -96,15 +137,17 @@ export async function checkDatabase(
 
 export interface MigrateOptions {
   folder?: string;
+  /** Called with each line to print. */
   say?: (line: string) => void;
 }
 
 /**
  * Runs what has not run yet, in order, under a lock: of ten processes that start at once, one migrates and the others find
- * it done. A file that a crash interrupted runs again from its start, so its statements must be ones that may.
+ * it done.
  *
- * @throws {DatabaseError} where MySQL cannot be reached or refuses a statement
- * @throws {DomainError} SCHEMA, where a file that has run was changed, or a table of its name was there before
+ * @throws {DatabaseError} if MySQL is an outage
+ * @throws {DomainError} SCHEMA, if MySQL refuses a statement, a file that has run was changed, or another program has
+ *   tables of the same names
  */
 export async function migrate(
   url: string,
@@ -115,13 +158,12 @@ export async function migrate(
   try {
     connection = await createConnection({
       uri: url.replace(/^mariadb:/, "mysql:"),
-      multipleStatements: true,
       connectTimeout: CONNECT_MS,
       timezone: "Z",
     });
     // MySQL's DDL commits by itself: only a lock keeps two processes out of one file.
     const [[lock]] = await connection.query<RowDataPacket[]>({
-      sql: "select get_lock(concat('migrate.', left(sha2(database(), 256), 40)), ?) held",
+      sql: "/* lock_migrations */ select get_lock(concat('migrate.', left(sha2(database(), 256), 40)), ?) held",
       values: [LOCK_SECONDS],
       timeout: 2 * LOCK_SECONDS * 1_000,
     });
@@ -141,9 +183,9 @@ async function runPending(
   connection: Connection,
   migrations: readonly Migration[],
   say: (line: string) => void,
-) {
+): Promise<void> {
   await connection.query(
-    `create table if not exists schema_migrations (
+    `/* create_schema_migrations */ create table if not exists schema_migrations (
        name varchar(200) character set ascii collate ascii_bin not null primary key,
        checksum char(64) character set ascii collate ascii_bin not null,
        started_at datetime(3) not null default (utc_timestamp(3)),
@@ -152,68 +194,55 @@ async function runPending(
   );
   const [applied] = await connection.query<(Applied & RowDataPacket)[]>(SELECT_APPLIED);
   const pending = pendingOf(migrations, applied);
-  for (const { name, sql, checksum } of pending) {
-    const interrupted = applied.some((row) => row.name === name);
-    if (!interrupted) await refuseStrangers(connection, { name, sql });
-    say(`Running ${name}${interrupted ? " again, as it was interrupted" : ""}`);
+  for (const migration of pending) {
+    const { name, checksum } = migration;
+    const isInterrupted = applied.some((row) => row.name === name);
+    if (!isInterrupted) await refuseStrangers(connection, migration);
+    say(`Running ${name}${isInterrupted ? " again, as it was interrupted" : ""}`);
     await connection.query(
-      `insert into schema_migrations (name, checksum) values (?, ?)
+      `/* start_migration */ insert into schema_migrations (name, checksum) values (?, ?)
        on duplicate key update checksum = values(checksum)`,
       [name, checksum],
     );
-    await runFile(connection, { name, sql });
-    await connection.query("update schema_migrations set finished_at = utc_timestamp(3) where name = ?", [
-      name,
-    ]);
+    await runFile(connection, migration, { isInterrupted });
+    await connection.query(
+      "/* finish_migration */ update schema_migrations set finished_at = utc_timestamp(3) where name = ?",
+      [name],
+    );
   }
   say(pending.length > 0 ? "The schema is up to date" : "The schema was up to date already");
 }
 
-async function runFile(connection: Connection, { name, sql }: Pick<Migration, "name" | "sql">) {
-  try {
-    await connection.query(sql);
-  } catch (error) {
-    const known = databaseErrorOf(error);
-    if (!(known instanceof DatabaseError) || known.isOutage) throw known;
-    // Our own statement without anybody's data: MySQL's sentence is what whoever wrote the file needs.
-    throw schemaError(`Cannot run ${name}: ${(error as Error).message}. Mend the file and run it again`);
+async function runFile(
+  connection: Connection,
+  { name, statements }: Migration,
+  { isInterrupted }: { isInterrupted: boolean },
+): Promise<void> {
+  for (const sql of statements) {
+    try {
+      await connection.query(sql);
+    } catch (error) {
+      if (isInterrupted && DONE_BEFORE.has((error as { errno: number }).errno)) continue;
+      const known = databaseErrorOf(error);
+      if (!(known instanceof DatabaseError) || known.isOutage) throw known;
+      // Our own statement without anybody's data: whoever wrote the file needs MySQL's sentence.
+      throw schemaError(`Cannot run ${name}: ${(error as Error).message}. Fix the file and run it again`);
+    }
   }
 }
 
-// `if not exists` lets an interrupted file run again; it must not take another program's table for ours.
-async function refuseStrangers(connection: Connection, { name, sql }: Pick<Migration, "name" | "sql">) {
-  const tables = [...sql.matchAll(/^create table if not exists (\w+)/gm)].map(([, table]) => table);
+/** An interrupted file skips tables that are there: on its first run it must not take another program's table for ours. */
+async function refuseStrangers(connection: Connection, { name, statements }: Migration): Promise<void> {
+  const tables = statements.flatMap((sql) => /^create table (?:if not exists )?(\w+)/i.exec(sql)?.[1] ?? []);
   if (tables.length === 0) return;
   const [found] = await connection.query<RowDataPacket[]>(
-    "select table_name as name from information_schema.tables where table_schema = database() and table_name in (?)",
+    `/* find_strangers */ select table_name as name from information_schema.tables
+     where table_schema = database() and table_name in (?)`,
     [tables],
   );
   if (found.length > 0) {
     throw schemaError(
       `Cannot run ${name} as the database holds tables that it would create: ${found.map((table) => table.name).join(", ")}. Use an empty database, or rename them`,
     );
-  }
-}
-
-if (import.meta.main) {
-  const [option, ...more] = Bun.argv.slice(2);
-  if ((option !== undefined && option !== "--check") || more.length > 0) {
-    console.error("Usage: bun sql/migrate.ts [--check]: brings the tables up to date; --check only looks");
-    process.exit(2);
-  }
-  try {
-    const { DATABASE_URL } = readConfig(Bun.env, ["DATABASE_URL"]);
-    if (option === "--check") {
-      const database = openDatabase(DATABASE_URL);
-      await checkSchema(database).finally(() => database.close());
-      console.log("The schema is up to date");
-    } else {
-      await migrate(DATABASE_URL, { say: console.log });
-    }
-  } catch (error) {
-    console.error(
-      error instanceof DatabaseError ? `Cannot migrate: ${error.message}` : (error as Error).message,
-    );
-    process.exit(1);
   }
 }

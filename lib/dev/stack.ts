@@ -20,7 +20,7 @@ const REPEATED_MS = 1_000;
 export interface StackOptions {
   /** Settings of the children, beside the environment. */
   env: Record<string, string>;
-  /** The children listen on their usual ports where those are free; false: on any. */
+  /** The children listen on their usual ports if those are free; false: on any. */
   usualPorts: boolean;
   say: (line: string) => void;
   /** Gets each line that a child logs. */
@@ -40,12 +40,14 @@ export interface Stack {
 
 /**
  * Finds or starts MySQL and RabbitMQ, migrates, starts api, scheduler and worker, runs `main`, and stops all that it
- * started, whatever happens. Ends with the exit code that `main` returns; 130 or 143 where a signal ended it.
+ * started, whatever happens.
+ *
+ * @returns the exit code that `main` returns; 129, 130 or 143 if a signal ended it
  */
 export async function runWithStack(
   options: StackOptions,
   main: (stack: Stack) => Promise<number>,
-): Promise<never> {
+): Promise<number> {
   const stop = new AbortController();
   const children: Child[] = [];
   let code = 0;
@@ -97,11 +99,11 @@ export async function runWithStack(
     await Promise.all(children.map((child) => child.stop()));
     await services?.release();
   }
-  process.exit(code);
+  return code;
 }
 
 interface Child {
-  /** Where it answers, or undefined where it was stopped before. */
+  /** Where it answers, or undefined if it was stopped before. */
   served: Promise<string | undefined>;
   stop(): Promise<void>;
   kill(): void;
@@ -115,7 +117,7 @@ function startChild(
   const port = PORTS[name];
   const child = Bun.spawn([process.execPath, `${name}.ts`], {
     cwd: ROOT,
-    // Where it serves is told at level info.
+    // A child logs its address at level info.
     env: { ...Bun.env, LOG_LEVEL: "info", [port]: usualPorts ? portFor(name, say) : "0", ...env },
     stdin: "ignore",
     stdout: "pipe",
@@ -162,7 +164,7 @@ function startChild(
   };
 }
 
-/** The port that the settings name, or 0 where it is taken already. */
+/** The port that the settings name, or 0 if it is taken. */
 function portFor(name: Name, say: (line: string) => void): string {
   const setting = PORTS[name];
   const { HOST, [setting]: port } = readConfig(Bun.env, ["HOST", setting]);
@@ -176,7 +178,7 @@ function portFor(name: Name, say: (line: string) => void): string {
   }
 }
 
-/** A field of a line of JSON; undefined where there is none. */
+/** A field of a line of JSON; undefined if there is none. */
 export function fieldOf(line: string, field: string): string | undefined {
   try {
     const value = JSON.parse(line)[field];

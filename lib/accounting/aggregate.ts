@@ -1,0 +1,49 @@
+import type { Database } from "../database.ts";
+import { DatabaseError } from "../database_errors.ts";
+import { countEntries } from "./count_repository.ts";
+import { chooseTimeZone, deleteOldGenerations, noteAggregated } from "./total_repository.ts";
+
+/** How many ledger entries one transaction counts. It locks their totals while it runs, about 0.2 s. */
+const PAGE = 5_000;
+/** How many lock waits of 5 s one call accepts: a day that is reset holds its lock for minutes. */
+const MAX_WAITS = 120;
+
+export interface AggregateOptions {
+  /** The time zone of the days. */
+  timeZone: string;
+  /** Stops after the current page. */
+  signal?: AbortSignal;
+  /** Called after each page with the number of entries that it counted. */
+  onPage?: (counted: number) => Promise<void> | void;
+}
+
+/**
+ * Adds every ledger entry that no total counts yet to the totals of its day, page by page. What one call leaves, the next
+ * one counts.
+ *
+ * @returns the number of entries that it counted
+ * @throws {DomainError} TIME_ZONE if the totals are by days of another zone
+ * @throws {DatabaseError}
+ */
+export async function aggregate(
+  database: Database,
+  { timeZone, signal, onPage }: AggregateOptions,
+): Promise<number> {
+  await chooseTimeZone(database, timeZone);
+  let sum = 0;
+  let waits = 0;
+  // Until a page is not full, not until one is empty: while points are granted, there is always one more entry.
+  for (let counted = PAGE; counted === PAGE && !signal?.aborted; ) {
+    try {
+      counted = await countEntries(database, { timeZone, limit: PAGE });
+    } catch (error) {
+      if (!(error instanceof DatabaseError && error.isContended) || ++waits > MAX_WAITS) throw error;
+      continue;
+    }
+    sum += counted;
+    await onPage?.(counted);
+  }
+  if (!signal?.aborted) await noteAggregated(database);
+  await deleteOldGenerations(database);
+  return sum;
+}

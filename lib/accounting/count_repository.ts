@@ -1,0 +1,133 @@
+import type { Database, Transaction } from "../database.ts";
+import {
+  type DailySum,
+  type GrantedReservation,
+  sumByDay,
+  type TotalName,
+  type UncountedEntry,
+} from "./daily_sum.ts";
+import { findAggregation, lockGeneration } from "./total_repository.ts";
+
+/** Totals whose users one statement looks up: with some thousands MySQL would read the whole table. */
+const SUMS = 500;
+
+/**
+ * Adds a page of uncounted ledger entries to the totals of their days, and marks them as counted, in one transaction: each
+ * entry counts once, however late it commits and whatever process dies. Entries that another transaction is counting are
+ * left to that one.
+ *
+ * @returns the number of entries that it counted; fewer than `limit` if none are left
+ * @throws {DomainError} TIME_ZONE if the totals are by days of another zone
+ */
+export function countEntries(
+  database: Database,
+  { timeZone, limit }: { timeZone: string; limit: number },
+): Promise<number> {
+  return database.transaction(async (transaction) => {
+    const generation = await lockGeneration(transaction, { timeZone, mode: "lock in share mode" });
+    const entries = await transaction.select<UncountedEntry>(
+      `/* lock_uncounted_entries */
+       select id, user_id userId, point_amount pointAmount, kind, reservation_id reservationId, created_at createdAt
+       from point_transactions force index (point_transactions_aggregated)
+       where aggregated_in < ? order by aggregated_in, created_at, id limit ? for update skip locked`,
+      [generation, limit],
+    );
+    if (entries.length === 0) return 0;
+    const reservations = await findGranted(transaction, entries);
+    await addToTotals(transaction, generation, sumByDay(entries, { reservations, timeZone }));
+    await transaction.execute(
+      `/* mark_counted */ update point_transactions force index (primary) set aggregated_in = ? where id in (?)`,
+      [generation, entries.map(({ id }) => id)],
+    );
+    return entries.length;
+  });
+}
+
+async function findGranted(
+  transaction: Transaction,
+  entries: readonly UncountedEntry[],
+): Promise<GrantedReservation[]> {
+  const ids = entries.map(({ reservationId }) => reservationId).filter((id) => id !== null);
+  if (ids.length === 0) return [];
+  return transaction.select<GrantedReservation>(
+    `/* find_granted_reservations */ select id, campaign, execute_at executeAt
+     from point_reservations where id in (?)`,
+    [ids],
+  );
+}
+
+async function addToTotals(
+  transaction: Transaction,
+  generation: number,
+  sums: readonly DailySum[],
+): Promise<void> {
+  // The rows themselves come first: who has locked a total decides which of its users are new.
+  await transaction.execute(
+    `/* insert_totals */ insert into point_daily_totals (generation, day, kind, campaign) values ?
+     on duplicate key update generation = values(generation)`,
+    [sums.map(({ day, kind, campaign }) => [generation, day, kind, campaign])],
+  );
+  const counted = await findCountedUsers(transaction, generation, sums);
+  const fresh = sums.map((sum) => ({
+    ...sum,
+    userIds: [...sum.userIds].filter((userId) => !counted.has(nameOf(sum, userId))).toSorted(),
+  }));
+  const users = fresh.flatMap(({ day, kind, campaign, userIds }) =>
+    userIds.map((userId) => [generation, day, kind, campaign, userId]),
+  );
+  if (users.length > 0) {
+    await transaction.execute(
+      `/* insert_counted_users */ insert into point_daily_users (generation, day, kind, campaign, user_id) values ?`,
+      [users],
+    );
+  }
+  await transaction.execute(
+    `/* add_to_totals */ insert into point_daily_totals
+       (generation, day, kind, campaign, entries, points, users, late_ms_sum, late_ms_max) values ?
+     on duplicate key update entries = entries + values(entries), points = points + values(points),
+       users = users + values(users), late_ms_sum = late_ms_sum + values(late_ms_sum),
+       late_ms_max = greatest(late_ms_max, values(late_ms_max))`,
+    [
+      fresh.map(({ day, kind, campaign, entries, points, userIds, lateMsSum, lateMsMax }) => {
+        return [generation, day, kind, campaign, entries, points, userIds.length, lateMsSum, lateMsMax];
+      }),
+    ],
+  );
+}
+
+function nameOf({ day, kind, campaign }: TotalName, userId: string): string {
+  return `${day} ${kind} ${campaign} ${userId}`;
+}
+
+/** Which of their users the totals count already, by `nameOf()`. */
+async function findCountedUsers(
+  { select }: Transaction,
+  generation: number,
+  sums: readonly DailySum[],
+): Promise<Set<string>> {
+  // Spelled out: MariaDB finds no range in `(a, b) in ((?, ?), …)`.
+  const ofOneTotal = "(generation = ? and day = ? and kind = ? and campaign = ? and user_id in (?))";
+  const names = new Set<string>();
+  for (let at = 0; at < sums.length; at += SUMS) {
+    const some = sums.slice(at, at + SUMS);
+    const rows = await select<{ name: string }>(
+      `/* find_counted_users */ select concat_ws(' ', day, kind, campaign, user_id) name from point_daily_users
+       where ${some.map(() => ofOneTotal).join(" or ")}`,
+      some.flatMap(({ day, kind, campaign, userIds }) => [generation, day, kind, campaign, [...userIds]]),
+    );
+    for (const { name } of rows) names.add(name);
+  }
+  return names;
+}
+
+/** The number of ledger entries that no total counts yet. */
+export async function countWaiting(database: Database): Promise<number> {
+  const { generation } = await findAggregation(database);
+  const [row] = await database.run(({ select }) =>
+    select<{ entries: number }>(
+      `/* count_waiting */ select count(*) entries from point_transactions where aggregated_in < ?`,
+      [generation],
+    ),
+  );
+  return Number(row?.entries ?? 0);
+}

@@ -1,0 +1,73 @@
+import type { EntryKind } from "../schema.ts";
+import { boundsOf, dayOf } from "./day.ts";
+
+/** A ledger entry that is to be counted. */
+export interface UncountedEntry {
+  id: string;
+  userId: string;
+  pointAmount: number;
+  kind: EntryKind;
+  reservationId: string | null;
+  createdAt: Date;
+}
+
+/** What a reservation says about its grant. */
+export interface GrantedReservation {
+  id: string;
+  campaign: string | null;
+  executeAt: Date;
+}
+
+/** The names of a daily total. */
+export interface TotalName {
+  day: string;
+  kind: EntryKind;
+  /** Empty if there is none. */
+  campaign: string;
+}
+
+/** The sum of some entries of one day, kind and campaign. */
+export interface DailySum extends TotalName {
+  entries: number;
+  points: number;
+  userIds: Set<string>;
+  /** Milliseconds from `execute_at` to the grant; 0 for other entries. */
+  lateMsSum: number;
+  lateMsMax: number;
+}
+
+/**
+ * Adds up entries by day, kind and campaign, in the order of the totals' primary key: two batches that lock totals in
+ * different orders deadlock.
+ */
+export function sumByDay(
+  entries: readonly UncountedEntry[],
+  { reservations, timeZone }: { reservations: readonly GrantedReservation[]; timeZone: string },
+): DailySum[] {
+  const reservationsById = new Map(reservations.map((one) => [one.id, one]));
+  const sums = new Map<string, DailySum>();
+  let day = { name: "", from: new Date(0), until: new Date(0) };
+  for (const { userId, pointAmount, kind, reservationId, createdAt } of entries) {
+    // Entries come ordered by time: most are of the same day as the entry before.
+    if (createdAt < day.from || createdAt >= day.until) {
+      const name = dayOf(createdAt, timeZone);
+      day = { name, ...boundsOf(name, timeZone) };
+    }
+    const { campaign, executeAt } = reservationsById.get(reservationId ?? "") ?? {};
+    const total = { day: day.name, kind, campaign: campaign ?? "" };
+    const key = `${total.day} ${total.kind} ${total.campaign}`;
+    const sum = sums.get(key) ?? { ...total, ...emptySum() };
+    const lateMs = executeAt ? createdAt.getTime() - executeAt.getTime() : 0;
+    sum.entries++;
+    sum.points += pointAmount;
+    sum.userIds.add(userId);
+    sum.lateMsSum += lateMs;
+    sum.lateMsMax = Math.max(sum.lateMsMax, lateMs);
+    sums.set(key, sum);
+  }
+  return [...sums].toSorted(([a], [b]) => (a < b ? -1 : 1)).map(([, sum]) => sum);
+}
+
+function emptySum(): Omit<DailySum, keyof TotalName> {
+  return { entries: 0, points: 0, userIds: new Set(), lateMsSum: 0, lateMsMax: 0 };
+}

@@ -1,0 +1,204 @@
+import { and, asc, between, eq, lt, sql } from "drizzle-orm";
+import type { Database, Transaction } from "../database.ts";
+import { DomainError } from "../errors.ts";
+import { pointAggregation, type TotalRow, pointDailyTotals as totals } from "../schema.ts";
+import { boundsOf, type Days, daysBetween } from "./day.ts";
+
+/** Rows that one statement deletes. */
+const DELETE_PAGE = 10_000;
+/** How long resetting a day may take, in milliseconds: one transaction marks millions of entries. */
+const RESET_MS = 600_000;
+
+/**
+ * Locks the generation that counts until the transaction ends. In share mode nobody voids totals meanwhile; for update nobody
+ * counts either.
+ */
+export async function lockGeneration(
+  transaction: Transaction,
+  // MariaDB does not know `for share`.
+  { timeZone, mode }: { timeZone: string; mode: "lock in share mode" | "for update" },
+): Promise<number> {
+  const [state] = await transaction.select<Aggregation>(
+    `/* lock_generation */ select generation, time_zone timeZone from point_aggregation where id = 1 ${mode}`,
+  );
+  if (!state) throw new Error("point_aggregation has lost its row");
+  if (state.timeZone !== timeZone) {
+    throw new DomainError(
+      "TIME_ZONE",
+      `Cannot aggregate by days of ${timeZone} as the totals are by days of ${state.timeZone || "no time zone yet"}. Set AGGREGATE_TIME_ZONE to the time zone of the totals; or, to change it for all totals, run \`bun run aggregate --rebuild\` once with the new one`,
+    );
+  }
+  return state.generation;
+}
+
+/** Sets the time zone of the totals if none is set yet. */
+export async function chooseTimeZone(database: Database, timeZone: string): Promise<void> {
+  await database.run(({ execute }) =>
+    execute(
+      `/* choose_time_zone */ update point_aggregation set time_zone = ? where id = 1 and time_zone = ''`,
+      [timeZone],
+    ),
+  );
+}
+
+/** Voids all totals in one step: every entry is to be counted again, by days of this zone. */
+export async function startGeneration(database: Database, timeZone: string): Promise<void> {
+  await database.transaction(async (transaction) => {
+    await transaction.execute(
+      `/* start_generation */ update point_aggregation set generation = generation + 1, time_zone = ? where id = 1`,
+      [timeZone],
+    );
+    await markUnfinished(transaction);
+  });
+}
+
+/** If the process that voided totals dies, a scheduler continues at once, not after an hour. */
+async function markUnfinished({ execute }: Transaction): Promise<void> {
+  await execute(
+    `/* mark_unfinished */ update point_aggregation_turns set finished_at = null, aggregated_at = null where id = 1`,
+  );
+}
+
+/**
+ * Voids the totals of a day: its entries are to be counted again. In one transaction in which nobody counts, so that no entry
+ * counts twice.
+ *
+ * @throws {DomainError} TIME_ZONE if the totals are by days of another zone
+ */
+export async function resetDay(database: Database, day: string, timeZone: string): Promise<void> {
+  const { from, until } = boundsOf(day, timeZone);
+  await database.transaction(
+    async (transaction) => {
+      const generation = await lockGeneration(transaction, { timeZone, mode: "for update" });
+      for (const table of ["point_daily_totals", "point_daily_users"]) {
+        await transaction.execute(
+          `/* reset_${table} */ delete from ${table} where generation = ? and day = ?`,
+          [generation, day],
+        );
+      }
+      await transaction.execute(
+        // Without the index a small table would be read as a whole, waiting for each entry that has not committed.
+        `/* mark_uncounted */ update point_transactions force index (point_transactions_aggregated)
+         set aggregated_in = 0 where aggregated_in = ? and created_at >= ? and created_at < ?`,
+        [generation, from, until],
+      );
+      await markUnfinished(transaction);
+    },
+    { workMs: RESET_MS },
+  );
+}
+
+/** Deletes totals of older generations, a page at a time. */
+export async function deleteOldGenerations(database: Database): Promise<void> {
+  const { generation } = await findAggregation(database);
+  for (const table of ["point_daily_users", "point_daily_totals"]) {
+    let deleted: number;
+    do {
+      ({ affectedRows: deleted } = await database.run(({ execute }) =>
+        execute(`/* delete_old_${table} */ delete from ${table} where generation < ? limit ?`, [
+          generation,
+          DELETE_PAGE,
+        ]),
+      ));
+    } while (deleted === DELETE_PAGE);
+  }
+}
+
+/** Records that all entries are counted. */
+export async function noteAggregated(database: Database): Promise<void> {
+  await database.run(({ execute }) =>
+    execute(`/* note_aggregated */ update point_aggregation_turns set aggregated_at = now(3) where id = 1`),
+  );
+}
+
+/** The totals that count: those of one generation. */
+export interface Aggregation {
+  generation: number;
+  /** Empty until something was counted. */
+  timeZone: string;
+}
+
+/** Which totals count. */
+export async function findAggregation(database: Database): Promise<Aggregation> {
+  const [state] = await database.run((connection) =>
+    connection.drizzle("find_aggregation").select().from(pointAggregation),
+  );
+  if (!state) throw new Error("point_aggregation has lost its row");
+  return state;
+}
+
+/** When all entries had last been counted; null before the first run, and while totals are counted again. */
+export async function findAggregatedAt(database: Database): Promise<Date | null> {
+  const [turn] = await database.run(({ select }) =>
+    select<{ aggregatedAt: Date | null }>(
+      `/* find_aggregated_at */ select aggregated_at aggregatedAt from point_aggregation_turns where id = 1`,
+    ),
+  );
+  return turn?.aggregatedAt ?? null;
+}
+
+/** The most totals of one answer. */
+const MAX_TOTALS = 10_000;
+
+export interface TotalsOptions extends Days {
+  generation: number;
+  campaign?: string | undefined;
+}
+
+/**
+ * Totals by day, kind and campaign.
+ *
+ * @throws {DomainError} INVALID_INPUT if there are more than 10,000
+ */
+export async function findTotals(
+  database: Database,
+  { generation, from, to, campaign }: TotalsOptions,
+): Promise<TotalRow[]> {
+  const found = await database.run((connection) =>
+    connection
+      .drizzle("find_totals")
+      .select()
+      .from(totals)
+      .where(
+        and(
+          eq(totals.generation, generation),
+          between(totals.day, from, to),
+          campaign === undefined ? undefined : eq(totals.campaign, campaign),
+        ),
+      )
+      .orderBy(asc(totals.day), asc(totals.kind), asc(totals.campaign))
+      .limit(MAX_TOTALS + 1),
+  );
+  if (found.length > MAX_TOTALS) {
+    const sentence = `totals must be at most ${MAX_TOTALS}`;
+    const explanation = `${sentence}: ask for fewer days, or one campaign`;
+    throw new DomainError("INVALID_INPUT", "Cannot list the totals", [{ sentence, explanation }]);
+  }
+  return found;
+}
+
+/**
+ * All points of all users at the end of each day.
+ *
+ * @param rows all totals of these days
+ */
+export async function findBalances(
+  database: Database,
+  rows: readonly TotalRow[],
+  { generation, from, to }: Omit<TotalsOptions, "campaign">,
+): Promise<{ day: string; pointNum: bigint }[]> {
+  const [before] = await database.run((connection) =>
+    connection
+      .drizzle("find_points_before")
+      .select({ points: sql<bigint>`coalesce(sum(${totals.points}), 0)`.mapWith(BigInt) })
+      .from(totals)
+      .where(and(eq(totals.generation, generation), lt(totals.day, from))),
+  );
+  const changes = new Map<string, bigint>();
+  for (const { day, points } of rows) changes.set(day, (changes.get(day) ?? 0n) + points);
+  let pointNum = before?.points ?? 0n;
+  return daysBetween(from, to).map((day) => {
+    pointNum += changes.get(day) ?? 0n;
+    return { day, pointNum };
+  });
+}

@@ -1,0 +1,152 @@
+import { hostname, userInfo } from "node:os";
+import { type Difference, describeDifference, plural } from "../accounting/difference.ts";
+import { OVERDUE_MS } from "../accounting/overdue_check.ts";
+import { reconcile } from "../accounting/reconcile.ts";
+import { repairBalance } from "../accounting/repair.ts";
+import { estimateRows, type Reconciliation } from "../accounting/run_repository.ts";
+import { readSettings } from "../config.ts";
+import { type Database, openDatabase } from "../database.ts";
+import { DatabaseError } from "../database_errors.ts";
+import { digitsOf } from "../points/point.ts";
+import { newCommand, runCommand } from "./command.ts";
+import { openProgress } from "./progress.ts";
+
+interface Options {
+  full?: boolean;
+  repair?: boolean;
+  json?: boolean;
+}
+
+/** What became of the repair of one difference. */
+interface RepairOutcome {
+  isRepaired: boolean;
+  note: string;
+}
+
+/** Prints the differences, each when it is found, then the summary. */
+interface Output {
+  show(difference: Difference, repair: RepairOutcome | undefined): void;
+  end(found: Reconciliation, summary: { repaired: number; seconds: number }): void;
+}
+
+async function main({ full = false, repair = false, json = false }: Options): Promise<number> {
+  const { DATABASE_URL, LEASE_MS: leaseMs } = readSettings(["DATABASE_URL", "LEASE_MS"]);
+  const database = openDatabase(DATABASE_URL);
+  const output = json ? openJson() : openLines();
+  const startedAt = performance.now();
+  let repaired = 0;
+  let found: Reconciliation;
+  {
+    using progress = await openProgress("rows", await estimateRows(database));
+    found = await reconcile(database, {
+      isFull: full,
+      leaseMs,
+      onPage: progress.add,
+      async onDifference(difference) {
+        const isRepairable = repair && difference.kind === "balance";
+        const outcome = isRepairable ? await tryRepair(database, difference.user_id) : undefined;
+        if (outcome?.isRepaired) repaired++;
+        progress.clear();
+        output.show(difference, outcome);
+      },
+    });
+  }
+  output.end(found, { repaired, seconds: (performance.now() - startedAt) / 1_000 });
+  await database.close();
+  return found.differences > repaired ? 1 : 0;
+}
+
+async function tryRepair(database: Database, userId: string): Promise<RepairOutcome> {
+  try {
+    const repair = await repairBalance(database, userId, { repairedBy: `${operator()}@${hostname()}` });
+    const note = repair ? `repaired: ${repair.before ?? "none"} -> ${repair.after}` : "agrees by now";
+    return { isRepaired: true, note };
+  } catch (error) {
+    if (!(error instanceof DatabaseError) || error.isOutage) throw error;
+    const note = error.isContended
+      ? "not repaired: another transaction holds the balance; run the command again"
+      : "not repaired: a balance cannot hold the sum of the ledger";
+    return { isRepaired: false, note };
+  }
+}
+
+/** Who runs this, as far as the system knows. */
+function operator(): string {
+  const { username, uid } = userInfo();
+  return username === "unknown" ? `uid ${uid}` : username;
+}
+
+/** What to do about a difference of each kind. */
+const ADVICE: Record<Difference["kind"], string> = {
+  balance:
+    "look at the other differences of the user first; if the ledger is right, `bun run reconcile --repair` sets the balance to its sum",
+  reservation:
+    "decide by hand, as the ledger is never changed automatically: did the user get the points? Search the worker's log for the reservation's id",
+  entry: "decide by hand, as the ledger is never changed automatically: find out who added the entry",
+  total: "`bun run aggregate --from DAY --to DAY` recalculates the totals of these days",
+  overdue:
+    "check that scheduler.ts and worker.ts run, and read their logs; GET /point/reservations/{id} shows the details of the reservation",
+};
+
+/** One line for each difference, then a summary and advice. */
+function openLines(): Output {
+  const kinds = new Set<Difference["kind"]>();
+  return {
+    show(difference, repair) {
+      console.log(`${describeDifference(difference)}${repair ? ` - ${repair.note}` : ""}`);
+      if (!repair?.isRepaired) kinds.add(difference.kind);
+    },
+    end({ isFull, users, reservations, entries, days, differences }, { repaired, seconds }) {
+      const rows = [
+        plural(users, "user"),
+        plural(reservations, "reservation"),
+        plural(entries, "ledger entry", "ledger entries"),
+      ];
+      const scope = isFull ? "everything" : "what has changed since the last clean run";
+      const late = `overdue means ${OVERDUE_MS / 60_000} minutes late`;
+      const outcome =
+        differences === 0 ? "all agree" : `${plural(differences, "difference")}, ${repaired} repaired`;
+      console.log(
+        `${rows.join(", ")} and ${plural(days, "day")} checked in ${seconds.toFixed(1)} s (${scope}; ${late}): ${outcome}`,
+      );
+      for (const kind of kinds) console.log(`  ${kind}: ${ADVICE[kind]}`);
+    },
+  };
+}
+
+/** One JSON document, written as it grows: there may be millions of differences. */
+function openJson(): Output {
+  let separator = '{"differences":[';
+  return {
+    show(difference, repair) {
+      const shown = repair ? { ...difference, repaired: repair.isRepaired } : difference;
+      process.stdout.write(`${separator}\n${toJson(shown)}`);
+      separator = ",";
+    },
+    end({ isFull, users, reservations, entries, days, differences }, { repaired, seconds }) {
+      const checked = { users, reservations, entries, days };
+      const summary = { is_full: isFull, checked, difference_count: differences, repaired, seconds };
+      process.stdout.write(`${separator === "," ? "" : separator}\n],${toJson(summary).slice(1)}\n`);
+    },
+  };
+}
+
+function toJson(value: unknown): string {
+  return JSON.stringify(value, (_, one) => (typeof one === "bigint" ? digitsOf(one) : one));
+}
+
+if (import.meta.main) {
+  const command = newCommand("reconcile", "Compares balances, ledger, reservations and daily totals.")
+    .option("--full", "check everything, not only what has changed since the last clean run")
+    .option(
+      "--repair",
+      "set wrong balances to the sum of the ledger, and record each repair in point_repairs",
+    )
+    .option("--json", "print one JSON document instead of lines")
+    .addHelpText(
+      "after",
+      "\nExit codes: 0 if no difference is left, 1 if one is left, 2 for wrong options, 3 if the check failed.",
+    );
+  // Not 1, which says that there are differences.
+  await runCommand(command, { what: "reconcile", failed: 3, run: main });
+}

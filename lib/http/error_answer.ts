@@ -1,0 +1,47 @@
+import type { Logger } from "pino";
+import { v7 as uuidv7 } from "uuid";
+import { OverloadError } from "../coalesce.ts";
+import { DatabaseError } from "../database_errors.ts";
+import { DomainError, type DomainErrorCode, describeError, explain } from "../errors.ts";
+import { HttpError, problem } from "./problem.ts";
+
+/** A code that is not here concerns no client: 500. */
+export const STATUS: Partial<Record<DomainErrorCode, number>> = {
+  INVALID_INPUT: 400,
+  NOT_FOUND: 404,
+  CONFLICT: 409,
+  IDEMPOTENCY_CONFLICT: 422,
+};
+
+/** The answer to anything that a route throws. An error that is not of the domain shows nothing of the inside. */
+export function answerError(error: unknown, logger: Logger): Response {
+  if (error instanceof HttpError) {
+    return problem(error.status, error.message, { errors: [error.sentence], headers: error.headers });
+  }
+  const status = error instanceof DomainError && STATUS[error.code];
+  if (error instanceof DomainError && status) {
+    const errors = error.brokenRules.map(({ sentence }) => sentence);
+    return problem(status, explain(error), { errors, facts: error.facts });
+  }
+  const requestId = uuidv7();
+  const isBusy =
+    error instanceof OverloadError ||
+    (error instanceof DatabaseError && (error.isOutage || error.isContended));
+  logger[isBusy ? "warn" : "error"]({ requestId, error: describeError(error) }, "request failed");
+  if (isBusy) {
+    return problem(
+      503,
+      "The service cannot answer now; the same request with the same idempotency key may be sent again",
+      {
+        errors: ["service is unavailable"],
+        headers: { "x-request-id": requestId, "retry-after": "1" },
+        requestId,
+      },
+    );
+  }
+  return problem(500, "Unforeseen error; the log has more under this request id", {
+    errors: ["internal error"],
+    headers: { "x-request-id": requestId },
+    requestId,
+  });
+}

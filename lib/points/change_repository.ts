@@ -1,0 +1,151 @@
+import { and, asc, eq, inArray } from "drizzle-orm";
+import type { Database, Transaction } from "../database.ts";
+import { DatabaseError } from "../database_errors.ts";
+import { pointRoot, pointTransactions } from "../schema.ts";
+import { insertLedgerEntries, sumByUser, upsertBalances } from "./ledger_repository.ts";
+import { MAX_POINT_NUM, type PointTransaction } from "./point.ts";
+
+/** What became of a direct change of points. */
+export type ChangeOutcome =
+  | "changed"
+  /** The same key came with the same content before; nothing was changed again. */
+  | "replayed"
+  /** The same key came with other content before. */
+  | "conflict"
+  /** The balance is less than the points to subtract. */
+  | "too_few"
+  /** The balance would be more than it can hold. */
+  | "too_many"
+  /** Points are to be subtracted from somebody who never got any. */
+  | "unknown_user"
+  /** Somebody else, a grant for instance, has locked the balance. */
+  | "busy";
+
+/** How often a batch is tried if others have used its keys meanwhile. */
+const MAX_TRIES = 3;
+
+/**
+ * Adds to balances and subtracts from them, with a ledger entry for each change, in one transaction. A refused change
+ * affects only itself; each change sees the balance that those before it in the batch have left.
+ *
+ * @param options.wait whether to wait for a balance that somebody else has locked; else its changes are `busy` and not done
+ */
+export async function changePoints(
+  database: Database,
+  batch: readonly PointTransaction[],
+  { wait = true }: { wait?: boolean } = {},
+): Promise<ChangeOutcome[]> {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await database.transaction((transaction) => changeTogether(transaction, batch, { wait }));
+    } catch (error) {
+      // Somebody else has used a key since it was looked up: the next try finds its entry.
+      const mayPass = error instanceof DatabaseError && error.kind === "duplicate";
+      if (!mayPass || attempt === MAX_TRIES) throw error;
+    }
+  }
+}
+
+async function changeTogether(
+  transaction: Transaction,
+  batch: readonly PointTransaction[],
+  { wait }: { wait: boolean },
+): Promise<ChangeOutcome[]> {
+  const userIds = [...new Set(batch.map(({ userId }) => userId))];
+  const balances = await lockBalances(transaction, userIds, { wait });
+  const busy = wait ? new Set() : await findLocked(transaction, userIds, balances);
+  const known = await findChanges(transaction, batch);
+  const left = new Map(balances);
+  const accepted: PointTransaction[] = [];
+  const outcomes = batch.map((change): ChangeOutcome => {
+    const { idempotencyKey, userId, pointAmount } = change;
+    if (busy.has(userId)) return "busy";
+    const first = known.get(idempotencyKey);
+    if (first) {
+      return first.userId === userId && first.pointAmount === pointAmount ? "replayed" : "conflict";
+    }
+    const before = left.get(userId);
+    if (before === undefined && pointAmount < 0) return "unknown_user";
+    const after = (before ?? 0n) + BigInt(pointAmount);
+    if (after < 0n) return "too_few";
+    if (after > MAX_POINT_NUM) return "too_many";
+    left.set(userId, after);
+    known.set(idempotencyKey, change);
+    accepted.push(change);
+    return "changed";
+  });
+  if (accepted.length > 0) {
+    await insertLedgerEntries(transaction, accepted);
+    const sums = [...sumByUser(accepted)];
+    await addToKnown(
+      transaction,
+      sums.filter(([userId]) => balances.has(userId)),
+    );
+    await upsertBalances(
+      transaction,
+      sums.filter(([userId]) => !balances.has(userId)),
+    );
+  }
+  return outcomes;
+}
+
+/** Locks balances in the order of their users, as the grant does; users without a balance are left out. */
+async function lockBalances(
+  transaction: Transaction,
+  userIds: string[],
+  { wait }: { wait: boolean },
+): Promise<Map<string, bigint>> {
+  const rows = await transaction
+    .drizzle("lock_balances")
+    .select({ userId: pointRoot.userId, pointNum: pointRoot.pointNum })
+    // MariaDB would read a small table from end to end, and wait for rows that nobody asked for.
+    .from(pointRoot, { forceIndex: "PRIMARY" })
+    .where(inArray(pointRoot.userId, userIds))
+    .orderBy(asc(pointRoot.userId))
+    .for("update", wait ? {} : { skipLocked: true });
+  return new Map(rows.map(({ userId, pointNum }) => [userId, pointNum]));
+}
+
+/** Users whose balance is there, but could not be locked. */
+async function findLocked(
+  transaction: Transaction,
+  userIds: string[],
+  locked: ReadonlyMap<string, bigint>,
+): Promise<Set<string>> {
+  const others = userIds.filter((userId) => !locked.has(userId));
+  if (others.length === 0) return new Set();
+  const rows = await transaction
+    .drizzle("find_locked")
+    .select({ userId: pointRoot.userId })
+    .from(pointRoot)
+    .where(inArray(pointRoot.userId, others));
+  return new Set(rows.map(({ userId }) => userId));
+}
+
+/** The direct changes that came with these keys before, by their keys. */
+async function findChanges(
+  transaction: Transaction,
+  batch: readonly PointTransaction[],
+): Promise<Map<string, Pick<PointTransaction, "userId" | "pointAmount">>> {
+  const { idempotencyKey, userId, pointAmount, isGrant } = pointTransactions;
+  const keys = batch.map((change) => change.idempotencyKey);
+  const rows = await transaction
+    .drizzle("find_changes")
+    .select({ idempotencyKey, userId, pointAmount })
+    .from(pointTransactions)
+    .where(and(inArray(idempotencyKey, keys), eq(isGrant, 0)));
+  return new Map(rows.map((row) => [row.idempotencyKey, row]));
+}
+
+/** Not by the upsert: MySQL would check the row that it does not insert, whose points may be negative. */
+async function addToKnown(
+  transaction: Transaction,
+  sums: readonly (readonly [string, number])[],
+): Promise<void> {
+  if (sums.length === 0) return;
+  await transaction.execute(
+    `/* add_to_known */ update point_root force index (primary)
+     set point_num = point_num + case user_id ${"when ? then ? ".repeat(sums.length)} end where user_id in (?)`,
+    [...sums.flat(), sums.map(([userId]) => userId)],
+  );
+}

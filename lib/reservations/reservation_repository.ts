@@ -1,0 +1,344 @@
+import { and, eq, inArray, sql } from "drizzle-orm";
+import { OverloadError } from "../coalesce.ts";
+import type { Connection, Database } from "../database.ts";
+import { type ReservationRow, type ReservationStatus, pointReservations as reservations } from "../schema.ts";
+import type { Reservation, ReservationPatch } from "./reservation.ts";
+import { findDetails, type ReservationDetails } from "./reservation_queries.ts";
+
+/** What became of a request to reserve. */
+export type CreateOutcome =
+  | { kind: "created"; reservation: Reservation }
+  /** The same key came with the same content before: the first reservation. */
+  | { kind: "replayed"; reservation: Reservation }
+  /** The same key came with other content before. */
+  | { kind: "conflict" };
+
+/**
+ * Inserts reservations in one statement; run twice, it inserts once. A key that is taken, also by another one of the same
+ * batch, affects only its own reservation.
+ */
+export async function createReservations(
+  connection: Connection,
+  batch: readonly Reservation[],
+): Promise<CreateOutcome[]> {
+  const rows = batch.map(({ id, userId, pointAmount, executeAt, idempotencyKey, campaign }) => [
+    id,
+    userId,
+    pointAmount,
+    executeAt,
+    executeAt,
+    idempotencyKey,
+    campaign,
+  ]);
+  // Not INSERT IGNORE, which also swallows truncation and would give a long user id's points to somebody else.
+  const { affectedRows } = await connection.execute(
+    `/* create_reservations */ insert into point_reservations
+       (id, user_id, point_amount, execute_at, scan_at, idempotency_key, campaign)
+     values ? on duplicate key update id = id`,
+    [rows],
+  );
+  if (affectedRows === batch.length) {
+    return batch.map((reservation) => ({ kind: "created", reservation }));
+  }
+  const firsts = await findByIdempotencyKeys(connection, batch);
+  return batch.map((reservation) => outcomeOf(reservation, firsts));
+}
+
+/** What became of a reservation whose key belongs to the first one that came with it. */
+function outcomeOf(reservation: Reservation, firsts: ReadonlyMap<string, Reservation>): CreateOutcome {
+  const first = firsts.get(reservation.idempotencyKey);
+  if (!first) throw new Error("A reservation is neither inserted nor found by its idempotency key");
+  if (first.id === reservation.id) return { kind: "created", reservation };
+  return hasSameContent(first, reservation) ? { kind: "replayed", reservation: first } : { kind: "conflict" };
+}
+
+function hasSameContent(first: Reservation, second: Reservation): boolean {
+  return (
+    first.userId === second.userId &&
+    first.pointAmount === second.pointAmount &&
+    first.executeAt.getTime() === second.executeAt.getTime() &&
+    first.campaign === second.campaign
+  );
+}
+
+/** What was reserved first with these keys, whatever it was patched to since. */
+async function findByIdempotencyKeys(
+  { drizzle }: Connection,
+  batch: readonly Reservation[],
+): Promise<Map<string, Reservation>> {
+  if (batch.length === 0) return new Map();
+  const { id, userId, pointAmount, executeAt, idempotencyKey, campaign } = reservations;
+  const { originalPointAmount, originalExecuteAt } = reservations;
+  const keys = batch.map((reservation) => reservation.idempotencyKey);
+  const found: Reservation[] = await drizzle("find_by_idempotency_keys")
+    .select({
+      id,
+      userId,
+      pointAmount: sql<number>`coalesce(${originalPointAmount}, ${pointAmount})`.mapWith(pointAmount),
+      executeAt: sql<Date>`coalesce(${originalExecuteAt}, ${executeAt})`.mapWith(executeAt),
+      idempotencyKey,
+      campaign,
+    })
+    .from(reservations)
+    .where(inArray(idempotencyKey, keys));
+  return new Map(found.map((reservation) => [reservation.idempotencyKey, reservation]));
+}
+
+/** The most rows of one INSERT. */
+const INSERT_ROWS = 1_000;
+/** How often a bulk of all or none is tried if others take its keys meanwhile. */
+const MAX_TRIES = 5;
+
+/** Others have taken a key between the look and the INSERT: leaves the transaction, which inserts nothing then. */
+class KeyTaken extends Error {}
+
+/**
+ * Inserts the reservations of one request, up to 1,000 in one statement.
+ *
+ * @param options.allOrNone one transaction, which inserts none of them if one is a `conflict`
+ * @param options.workMs how long one try may take, in milliseconds
+ * @throws {OverloadError} if others take keys of it again and again; only with `allOrNone`, and nothing is inserted then
+ */
+export async function createBulk(
+  database: Database,
+  batch: readonly Reservation[],
+  { allOrNone, workMs }: { allOrNone: boolean; workMs?: number },
+): Promise<CreateOutcome[]> {
+  const create = (connection: Connection) => createTogether(connection, batch, { allOrNone });
+  if (!allOrNone) return database.run(create, { workMs });
+  for (let attempt = 1; attempt <= MAX_TRIES; attempt++) {
+    try {
+      return await database.transaction(create, { workMs });
+    } catch (error) {
+      if (!(error instanceof KeyTaken)) throw error;
+    }
+  }
+  throw new OverloadError(`Cannot reserve all of a bulk as others took its keys in ${MAX_TRIES} tries`);
+}
+
+async function createTogether(
+  connection: Connection,
+  batch: readonly Reservation[],
+  { allOrNone }: { allOrNone: boolean },
+): Promise<CreateOutcome[]> {
+  // First a look that locks nothing: the INSERT would lock the gaps beside each key that is taken, until the COMMIT.
+  const firsts = await findByIdempotencyKeys(connection, batch);
+  const fresh: Reservation[] = [];
+  for (const reservation of batch) {
+    if (firsts.has(reservation.idempotencyKey)) continue;
+    firsts.set(reservation.idempotencyKey, reservation);
+    fresh.push(reservation);
+  }
+  const outcomes = batch.map((reservation) => outcomeOf(reservation, firsts));
+  if (allOrNone && outcomes.some(({ kind }) => kind === "conflict")) return outcomes;
+  // In the order of the keys: two requests with the same keys wait for each other instead of deadlock.
+  fresh.sort((a, b) => (a.idempotencyKey < b.idempotencyKey ? -1 : 1));
+  let areTaken = false;
+  for (let at = 0; at < fresh.length; at += INSERT_ROWS) {
+    const inserted = await createReservations(connection, fresh.slice(at, at + INSERT_ROWS));
+    areTaken ||= inserted.some(({ kind }) => kind !== "created");
+  }
+  if (!areTaken) return outcomes;
+  if (allOrNone) throw new KeyTaken();
+  const now = await findByIdempotencyKeys(connection, batch);
+  return batch.map((reservation) => outcomeOf(reservation, now));
+}
+
+/** The statuses whose points may still come: neither granted, nor failed, nor cancelled. */
+const OPEN: readonly ReservationStatus[] = ["PENDING", "PROCESSING"];
+
+const SET_CANCELLED = "status = 'CANCELLED', scan_at = null";
+
+/** What a reservation is after a request to change it. */
+export interface Transitioned {
+  /** Whether it is now as requested; else its status did not allow that. */
+  isDone: boolean;
+  /** The row as the same transaction has read it: after the change, or the reason why there was none. */
+  details: ReservationDetails;
+}
+
+/** A change of a row that only some statuses allow. */
+interface Transition {
+  /** The name of its UPDATE. */
+  name: string;
+  from: readonly ReservationStatus[];
+  /** The assignments, in their order: MySQL computes each from what those before it have left. */
+  set: string;
+  values?: readonly unknown[];
+  /**
+   * Whether a row whose status does not allow the change shows that it was made.
+   *
+   * @param wasSent whether this request has made the change before, in a transaction whose COMMIT was not answered
+   */
+  wasMade: (row: ReservationRow, wasSent: boolean) => boolean;
+}
+
+/** Makes a transition by one conditional UPDATE, and reads the row in the same transaction. */
+function transition(
+  database: Database,
+  id: string,
+  { name, from, set, values = [], wasMade }: Transition,
+): Promise<Transitioned | undefined> {
+  const isIt = eq(reservations.id, id);
+  let wasSent = false;
+  return database.transaction(async (transaction) => {
+    async function update(): Promise<boolean> {
+      const { affectedRows } = await transaction.execute(
+        `/* ${name} */ update point_reservations set ${set} where id = ? and status in (?)`,
+        [...values, id, from],
+      );
+      return affectedRows === 1;
+    }
+
+    // Usually the status allows it: then nothing needs to be read first.
+    let isDone = await update();
+    if (!isDone) {
+      // Locked, as nobody may change the row between the decision and the answer that explains it.
+      const [row] = await transaction
+        .drizzle("lock_reservation")
+        .select()
+        .from(reservations)
+        .where(isIt)
+        .for("update");
+      if (!row) return undefined;
+      const isAllowed = from.includes(row.status);
+      // Its status has changed since the first UPDATE, or its values are those of the request already.
+      if (isAllowed) await update();
+      isDone = isAllowed || wasMade(row, wasSent);
+    }
+    const details = await findDetails(transaction, isIt);
+    if (!details) throw new Error("A reservation that a transaction has locked is gone");
+    wasSent = isDone;
+    return { isDone, details };
+  });
+}
+
+/**
+ * PENDING or PROCESSING → CANCELLED. The grant locks the same row: one of the two comes first, and the other finds the
+ * reservation over. A message that is in the queue already changes nothing.
+ *
+ * @returns `isDone` also if it was CANCELLED before; undefined if there is no such reservation
+ */
+export function cancelReservation(database: Database, id: string): Promise<Transitioned | undefined> {
+  return transition(database, id, {
+    name: "cancel_reservation",
+    from: OPEN,
+    set: SET_CANCELLED,
+    wasMade: ({ status }) => status === "CANCELLED",
+  });
+}
+
+/**
+ * Changes the amount or the time of a PENDING reservation; keeps what was reserved first, for replays.
+ *
+ * @returns undefined if there is no such reservation
+ */
+export function patchReservation(
+  database: Database,
+  id: string,
+  { executeAt, pointAmount }: ReservationPatch,
+): Promise<Transitioned | undefined> {
+  const set: string[] = [];
+  const values: unknown[] = [];
+  if (pointAmount !== undefined) {
+    set.push("original_point_amount = coalesce(original_point_amount, point_amount)", "point_amount = ?");
+    values.push(pointAmount);
+  }
+  if (executeAt !== undefined) {
+    set.push(
+      "original_execute_at = coalesce(original_execute_at, execute_at)",
+      "execute_at = ?",
+      "scan_at = ?",
+    );
+    values.push(executeAt, executeAt);
+  }
+  return transition(database, id, {
+    name: "patch_reservation",
+    from: ["PENDING"],
+    set: set.join(", "),
+    values,
+    // A COMMIT whose answer was lost may have come through, and the row may have been claimed since.
+    wasMade: (row, wasSent) =>
+      wasSent &&
+      (pointAmount === undefined || row.pointAmount === pointAmount) &&
+      (executeAt === undefined || row.executeAt.getTime() === executeAt.getTime()),
+  });
+}
+
+/**
+ * FAILED → PENDING, due at once and with all its attempts: an operator's second chance.
+ *
+ * @returns undefined if there is no such reservation
+ */
+export function retryReservation(database: Database, id: string): Promise<Transitioned | undefined> {
+  return transition(database, id, {
+    name: "retry_reservation",
+    from: ["FAILED"],
+    set: "status = 'PENDING', scan_at = greatest(now(3), execute_at), attempts = 0",
+    // A COMMIT whose answer was lost may have come through, and the row may have been claimed since.
+    wasMade: (_, wasSent) => wasSent,
+  });
+}
+
+/** The number of a campaign's reservations in each state. */
+export interface CampaignCounts {
+  cancelled: number;
+  granted: number;
+  failed: number;
+  /** Not over yet. */
+  open: number;
+}
+
+/** The most reservations that one statement cancels: a worker waits for its locks. */
+const CANCEL_ROWS = 1_000;
+
+/**
+ * Cancels all of a campaign that can still be cancelled, up to 1,000 in one statement. After a crash some are cancelled;
+ * the same call again cancels the rest.
+ *
+ * @param options.untilMs when to stop, by `performance.now()`
+ * @returns the states of its reservations then, whoever changed them; all 0 if there are none
+ */
+export async function cancelCampaign(
+  database: Database,
+  campaign: string,
+  { untilMs }: { untilMs: number },
+): Promise<CampaignCounts> {
+  const isOpen = and(eq(reservations.campaign, campaign), eq(reservations.campaignListedAs, "OPEN"));
+  while (performance.now() < untilMs) {
+    const found = await database.run(({ drizzle }) =>
+      drizzle("find_open_of_campaign")
+        .select({ id: reservations.id })
+        .from(reservations)
+        .where(isOpen)
+        .limit(CANCEL_ROWS),
+    );
+    if (found.length === 0) break;
+    // In the order in which the grant locks them.
+    const ids = found.map(({ id }) => id).toSorted();
+    await database.run(({ execute }) =>
+      execute(
+        `/* cancel_reservations */ update point_reservations set ${SET_CANCELLED} where id in (?) and status in (?)`,
+        [ids, OPEN],
+      ),
+    );
+  }
+  return countCampaign(database, campaign);
+}
+
+async function countCampaign(database: Database, campaign: string): Promise<CampaignCounts> {
+  const rows = await database.run(({ drizzle }) =>
+    drizzle("count_campaign")
+      .select({ listedAs: reservations.campaignListedAs, count: sql`count(*)`.mapWith(Number) })
+      .from(reservations)
+      .where(eq(reservations.campaign, campaign))
+      .groupBy(reservations.campaignListedAs),
+  );
+  const countOf = (listedAs: string) => rows.find((row) => row.listedAs === listedAs)?.count ?? 0;
+  return {
+    cancelled: countOf("CANCELLED"),
+    granted: countOf("DONE"),
+    failed: countOf("FAILED"),
+    open: countOf("OPEN"),
+  };
+}

@@ -1,0 +1,116 @@
+import { type Static, Type } from "@sinclair/typebox";
+import { Elysia } from "elysia";
+import type { Database } from "../database.ts";
+import { objectSchema, optional, parseFields } from "../field.ts";
+import {
+  answer,
+  describe,
+  NextCursor,
+  type Outgoing,
+  orNull,
+  refusal,
+  refused,
+  UNAVAILABLE,
+  Uuid,
+} from "../http/describe.ts";
+import { FUTURE, PAST, PENDING_ID, PROCESSING_ID } from "../http/examples.ts";
+import { parseQuery } from "../http/request.ts";
+import { encodeCursor, nextCursor, pageFields, pageOf } from "../page.ts";
+import { parseUserId, pointAmountField } from "../points/point.ts";
+import { NO_USER_ID, userParams } from "../points/user_routes.ts";
+import { campaignField, statusField } from "./reservation.ts";
+import { type ListedReservation, listReservations } from "./reservation_queries.ts";
+
+/** `GET /users/{user_id}/reserved-points`. */
+export function reservedPointsRoutes({ database }: { database: Database }) {
+  return new Elysia().get(
+    "/users/:user_id/reserved-points",
+    async ({ params, request }) => {
+      const userId = parseUserId(params.user_id);
+      const { status, campaign, ...paging } = parseQuery(request, queryFields);
+      const page = pageOf(paging);
+      const found = await listReservations(database, userId, { ...page, status, campaign });
+      const positions = found.map(({ executeAt, id }) => ({ time: executeAt, id }));
+      return Response.json({
+        reserved_points: found.slice(0, page.limit).map(reservedPointOf),
+        next_cursor: nextCursor(positions, page.limit),
+      });
+    },
+    LIST,
+  );
+}
+
+const queryFields = { status: optional(statusField), campaign: optional(campaignField), ...pageFields };
+
+const ReservedPoint = Type.Object({
+  reservation_id: Uuid,
+  point: pointAmountField.schema,
+  status: statusField.schema,
+  add_date: Type.String({ format: "date-time", description: "its execute_at" }),
+  campaign: orNull(campaignField.schema, "null if it has none"),
+});
+const ReservedPoints = Type.Object({
+  reserved_points: Type.Array(ReservedPoint, { description: "by add_date" }),
+  next_cursor: NextCursor,
+});
+
+function reservedPointOf({
+  id,
+  pointAmount,
+  status,
+  executeAt,
+  campaign,
+}: ListedReservation): Outgoing<Static<typeof ReservedPoint>> {
+  return { reservation_id: id, point: pointAmount, status, add_date: executeAt, campaign };
+}
+
+const PENDING = {
+  reservation_id: PENDING_ID,
+  point: 100,
+  status: "PENDING",
+  add_date: FUTURE,
+  campaign: "summer-2029",
+};
+const PROCESSING = { ...PENDING, reservation_id: PROCESSING_ID, status: "PROCESSING", add_date: PAST };
+const AFTER_PROCESSING = encodeCursor({ time: new Date(PAST), id: PROCESSING_ID });
+
+const LIST = describe({
+  summary: "The reservations of a user",
+  description:
+    "By `execute_at`, in pages of `limit`. Every page costs the same, but a page of PENDING reads past those that are PROCESSING, and the reverse. An unknown user has none. `status` and `campaign` filter.",
+  params: userParams,
+  query: objectSchema(queryFields),
+  answers: {
+    200: answer(ReservedPoints, "One page", {
+      "the first that are PENDING": {
+        params: { user_id: "TestUser01" },
+        query: { status: "PENDING", limit: 1 },
+        answer: { reserved_points: [PENDING], next_cursor: null },
+      },
+      "all of a campaign": {
+        params: { user_id: "TestUser01" },
+        query: { campaign: "summer-2029", limit: 1 },
+        answer: { reserved_points: [PROCESSING], next_cursor: AFTER_PROCESSING },
+      },
+      "the page after": {
+        params: { user_id: "TestUser01" },
+        query: { campaign: "summer-2029", status: "PENDING", cursor: AFTER_PROCESSING },
+        answer: { reserved_points: [PENDING], next_cursor: null },
+      },
+      "an unknown user": {
+        params: { user_id: "Nobody" },
+        answer: { reserved_points: [], next_cursor: null },
+      },
+    }),
+  },
+  refusals: {
+    400: refusal("Broken rules, all of them at once", {
+      ...NO_USER_ID,
+      "a status that is none": refused(
+        { params: { user_id: "TestUser01" }, query: { status: "OPEN", limit: 0 } },
+        ({ query }) => parseFields(queryFields, query, { what: "query" }),
+      ),
+    }),
+    ...UNAVAILABLE,
+  },
+});

@@ -1,0 +1,171 @@
+import { type Logger, pino } from "pino";
+import { checkDatabase } from "../../sql/migrate.ts";
+import { readSettings, type Settings } from "../config.ts";
+import { type Database, type DatabaseOptions, openDatabase } from "../database.ts";
+import { describeError, ExpectedError } from "../errors.ts";
+import { type Fetch, listen, type Server } from "../http/listen.ts";
+import { openQueue, type Queue, type QueueOptions } from "../queue.ts";
+import { logRetry, pingDatabase, waitForDatabase } from "./wait_for_database.ts";
+
+/** The longest time from a signal to the exit, in milliseconds; 10 s are promised. */
+const SHUTDOWN_MS = 9_000;
+
+/** The settings of every process. */
+const COMMON = [
+  "DATABASE_URL",
+  "DATABASE_CONNECTIONS",
+  "ALLOW_LOSSY_DATABASE",
+  "AMQP_URL",
+  "QUEUE",
+  "HOST",
+  "LOG_LEVEL",
+] as const satisfies (keyof Settings)[];
+type Common = (typeof COMMON)[number];
+type Port = "PORT" | "SCHEDULER_PORT" | "WORKER_PORT";
+
+/** What a process runs with. Everything that it opens here is closed at its end. */
+export interface Service<Config = unknown> {
+  config: Config;
+  logger: Logger;
+  /** Aborted by SIGTERM or SIGINT: finish the work in hand, then return. */
+  signal: AbortSignal;
+  /** Listens from the start on. */
+  server: Server;
+  /** The process's own pool. */
+  database: Database;
+  /** Opens another pool. */
+  openDatabase(options: DatabaseOptions): Database;
+  /** Opens the queue, and logs what becomes of its connection. */
+  openQueue(options: ServiceQueueOptions): Queue;
+  /** Whether MySQL has passed the checks of the start. */
+  isChecked(): boolean;
+  /**
+   * Whether the process can do its work now: MySQL is checked and answers, and each queue is ready.
+   *
+   * @throws {DatabaseError} if MySQL does not answer
+   */
+  isReady(): Promise<boolean>;
+}
+
+/** The queue of the settings; `connected` and `disconnected` are the messages in the log. */
+export interface ServiceQueueOptions extends Pick<QueueOptions, "onHint"> {
+  connected: string;
+  disconnected: string;
+  onConnected?: () => void;
+}
+
+export interface ServiceOptions<Name extends keyof Settings> {
+  name: string;
+  /** The settings that it reads beside those of every process. */
+  settings: readonly Name[];
+  /** The setting with the port that it serves. */
+  port: Port;
+  /** Time limits of the process's own pool. */
+  database?: Pick<DatabaseOptions, "acquireMs" | "workMs">;
+  /** Makes what answers HTTP, which is asked before MySQL is there. */
+  serve: (service: Service<ServiceConfig<Name>>) => Fetch;
+  /** Does the work, once MySQL is checked, until `signal` is aborted. */
+  main: (service: Service<ServiceConfig<Name>>) => Promise<void>;
+}
+
+type ServiceConfig<Name extends keyof Settings> = Pick<Settings, Common | Name>;
+
+/**
+ * Runs a process: settings, log, HTTP, MySQL, signals, close. Exits with 0 when `main` returns; with 1 if it throws, or takes
+ * longer than 9 s after a signal; with 130 or 143 at once on a second signal.
+ */
+export async function runService<Name extends keyof Settings>(options: ServiceOptions<Name>): Promise<never> {
+  let logger = openLogger(options.name, "info");
+  const stop = new AbortController();
+  process.on("unhandledRejection", (error) => {
+    logger.fatal({ error: describeError(error) }, "unforeseen error");
+    process.exit(1);
+  });
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    process.on(signal, () => {
+      if (stop.signal.aborted) process.exit(signal === "SIGINT" ? 130 : 143);
+      logger.info({ signal }, "stopping");
+      setTimeout(() => {
+        logger.error(`could not finish within ${SHUTDOWN_MS} ms; unfinished work is done again later`);
+        process.exit(1);
+      }, SHUTDOWN_MS).unref();
+      stop.abort();
+    });
+  }
+  try {
+    const config: Pick<Settings, Common | Port | Name> = readSettings([
+      ...COMMON,
+      options.port,
+      ...options.settings,
+    ]);
+    logger = openLogger(options.name, config.LOG_LEVEL);
+    await serveAndWork(options, { config, logger, signal: stop.signal });
+  } catch (error) {
+    if (error instanceof ExpectedError) logger.fatal(error.message);
+    else logger.fatal({ error: describeError(error) }, "unforeseen error");
+    process.exit(1);
+  }
+  logger.info("stopped");
+  process.exit(0);
+}
+
+async function serveAndWork<Name extends keyof Settings>(
+  options: ServiceOptions<Name>,
+  base: Pick<Service<Pick<Settings, Common | Port | Name>>, "config" | "logger" | "signal">,
+): Promise<void> {
+  const { config, logger, signal } = base;
+  const opened: { close(): Promise<void> }[] = [];
+  const queues: Queue[] = [];
+  let isChecked = false;
+  let fetch: Fetch;
+
+  function openPool(limits: DatabaseOptions) {
+    const { DATABASE_URL: url, DATABASE_CONNECTIONS: connections } = config;
+    const database = openDatabase(url, { connections, onRetry: logRetry(logger), ...limits });
+    opened.push(database);
+    return database;
+  }
+
+  const database = openPool(options.database ?? {});
+  const { HOST: hostname, [options.port]: port } = config;
+  const server = listen({ hostname, port, logger, fetch: (request) => fetch(request) });
+  const service: Service<ServiceConfig<Name>> = {
+    ...base,
+    server,
+    database,
+    openDatabase: openPool,
+    openQueue({ connected, disconnected, onConnected, ...more }) {
+      const queue = openQueue(config.AMQP_URL, {
+        name: config.QUEUE,
+        onConnected() {
+          logger.info({ queue: config.QUEUE }, connected);
+          onConnected?.();
+        },
+        onDisconnected: (reason, retryInMs) => logger.warn({ reason, retryInMs }, disconnected),
+        ...more,
+      });
+      queues.push(queue);
+      opened.push(queue);
+      return queue;
+    },
+    isChecked: () => isChecked,
+    async isReady() {
+      if (!isChecked) return false;
+      await pingDatabase(database);
+      return queues.every((queue) => queue.isReady());
+    },
+  };
+  fetch = options.serve(service);
+  isChecked = await waitForDatabase(() => checkDatabase(database, config), { signal, logger });
+  if (isChecked) await options.main(service);
+  await Promise.all([server.stop(true), ...opened.map((one) => one.close())]);
+}
+
+function openLogger(name: string, level: string): Logger {
+  return pino({
+    name,
+    level,
+    timestamp: pino.stdTimeFunctions.isoTime,
+    formatters: { level: (label) => ({ level: label }) },
+  });
+}

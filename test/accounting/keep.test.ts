@@ -1,0 +1,230 @@
+import { beforeEach, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { pino } from "pino";
+import { type AccountingOptions, keepAccounts } from "../../lib/accounting/keep.ts";
+import { resetDay, startGeneration } from "../../lib/accounting/total_repository.ts";
+import { endTurn, keepTurn, takeTurn } from "../../lib/accounting/turn_repository.ts";
+import { emptyTables, openTestDatabase } from "../harness/database.ts";
+import { insertReservation } from "../harness/fixtures.ts";
+import { until } from "../harness/harness.ts";
+import { openPipeline, untilDone } from "../harness/pipeline.ts";
+import type { RunningService } from "../harness/processes.ts";
+import { change } from "./filled.ts";
+
+// The accounting of a scheduler, beside its scans.
+
+setDefaultTimeout(60_000);
+
+const db = await openTestDatabase();
+beforeEach(() => emptyTables(db));
+
+const CONFIG = { AGGREGATE_INTERVAL_MS: 3_600_000, AGGREGATE_TIME_ZONE: "UTC", LEASE_MS: 15_000 };
+const HOUR = { intervalMs: 3_600_000 };
+
+function keep(options: Partial<AccountingOptions> = {}) {
+  const log: Record<string, unknown>[] = [];
+  const logger = pino({}, { write: (line: string) => log.push(JSON.parse(line)) });
+  const { signal } = new AbortController();
+  return { log, kept: keepAccounts({ database: db.database, logger, config: CONFIG, signal, ...options }) };
+}
+
+describe("keepAccounts()", () => {
+  test("counts and compares if it is time, in one of many, and then not before the interval is over", async () => {
+    await change(db, "Ann", 5);
+    const runs = Array.from({ length: 5 }, () => keep());
+    expect(await Promise.all(runs.map(({ kept }) => kept))).toEqual(Array(5).fill(10_000));
+    expect(runs.flatMap(({ log }) => log)).toMatchObject([
+      { level: 30, counted: 1, users: 1, entries: 1, days: 1, differences: 0 },
+    ]);
+    await change(db, "Ann", 5);
+    const early = keep();
+    await early.kept;
+    expect(early.log).toEqual([]);
+    await db.query("update point_aggregation_turns set finished_at = now(3) - interval 1 hour");
+    const next = keep();
+    await next.kept;
+    expect(next.log).toMatchObject([{ counted: 1, differences: 0 }]);
+  });
+
+  test("logs each difference as an error, a hundred at most, and how many there are", async () => {
+    const users = Array.from({ length: 150 }, (_, index) => [`U${index}`, 1]);
+    await db.query("insert into point_root (user_id, point_num) values ?", [users]);
+    const { log, kept } = keep();
+    await kept;
+    expect(log.filter(({ difference }) => difference)).toHaveLength(100);
+    expect(log[0]).toMatchObject({
+      level: 50,
+      difference: "balance mismatch: U0 has 1, but the ledger has 0 in 0 entries",
+    });
+    expect(log.at(-1)).toMatchObject({
+      level: 50,
+      differences: 150,
+      msg: expect.stringContaining("bun run reconcile"),
+    });
+  });
+
+  test("leaves a run that a signal has ended to the next one", async () => {
+    await change(db, "Ann", 5);
+    const { log, kept } = keep({ signal: AbortSignal.abort() });
+    await kept;
+    expect(log).toEqual([]);
+    expect(await db.query("select 1 from point_reconciliations")).toEqual([]);
+    const next = keep();
+    await next.kept;
+    expect(next.log).toMatchObject([{ counted: 1 }]);
+  });
+});
+
+describe("takeTurn()", () => {
+  test("gives it to one of many, until it is finished and the interval is over", async () => {
+    const turns = await Promise.all(Array.from({ length: 8 }, () => takeTurn(db.database, HOUR)));
+    const [turn = "", ...others] = turns.filter((one) => one !== undefined);
+    expect([turn.length, others]).toEqual([36, []]);
+    await keepTurn(db.database, turn);
+    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+    // Nobody ends another one's.
+    await endTurn(db.database, crypto.randomUUID(), { isFinished: true });
+    expect(await takeTurn(db.database, { intervalMs: 0 })).toBeUndefined();
+    await endTurn(db.database, turn, { isFinished: true });
+    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+    await until("the interval is over", () => takeTurn(db.database, { intervalMs: 1 }));
+  });
+
+  test("gives it again at once if it was given back unfinished", async () => {
+    const turn = (await takeTurn(db.database, HOUR)) ?? "";
+    await endTurn(db.database, turn, { isFinished: false });
+    expect(await takeTurn(db.database, HOUR)).toBeDefined();
+  });
+
+  test("gives it at once if totals were voided meanwhile: a scheduler counts them again if nobody else does", async () => {
+    for (const voidTotals of [
+      () => startGeneration(db.database, "UTC"),
+      () => resetDay(db.database, "2026-01-01", "UTC"),
+    ]) {
+      const turn = (await takeTurn(db.database, HOUR)) ?? "";
+      await endTurn(db.database, turn, { isFinished: true });
+      expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+      await voidTotals();
+    }
+    expect(await takeTurn(db.database, HOUR)).toBeDefined();
+  });
+
+  test("gives it to another one if nothing was heard of the holder for a minute, who then has no say", async () => {
+    const lapsed = (await takeTurn(db.database, HOUR)) ?? "";
+    const [left] = await db.query<{ seconds: number }>(
+      "select timestampdiff(second, now(3), held_until) seconds from point_aggregation_turns",
+    );
+    expect(left?.seconds).toBeWithin(30, 61);
+    await db.query("update point_aggregation_turns set held_until = now(3)");
+    expect(await takeTurn(db.database, HOUR)).toBeDefined();
+    await keepTurn(db.database, lapsed);
+    await endTurn(db.database, lapsed, { isFinished: false });
+    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+  });
+});
+
+async function metricsOf({ url }: RunningService): Promise<Record<string, number>> {
+  const response = await fetch(`${url}/metrics`);
+  expect(response.status).toBe(200);
+  expect(response.headers.get("content-type")).toBe("text/plain; version=0.0.4");
+  const lines = (await response.text()).split("\n").filter((line) => line && !line.startsWith("#"));
+  return Object.fromEntries(
+    lines.map((line) => line.split(" ")).map(([name, value]) => [name, Number(value)]),
+  );
+}
+
+describe("scheduler.ts", () => {
+  const FAST = { SCAN_INTERVAL_MS: "50", AGGREGATE_INTERVAL_MS: "50" };
+
+  test("counts each entry once between two; a difference is a metric and an error, and the service goes on", async () => {
+    await using pipeline = await openPipeline();
+    const env = { ...FAST, AGGREGATE_TIME_ZONE: "Asia/Tokyo" };
+    const schedulers = [await pipeline.start("scheduler", env), await pipeline.start("scheduler", env)];
+    await pipeline.start("worker");
+    for (const userId of ["User1", "User2", "User1"]) await insertReservation(pipeline.test, { userId });
+    await untilDone(pipeline.test, { count: 3 });
+    const log = () => schedulers.flatMap((scheduler) => scheduler.log());
+    await until(
+      "all are counted",
+      () => log().reduce((sum, { counted }) => sum + Number(counted ?? 0), 0) === 3,
+    );
+    expect(
+      await pipeline.test.query("select cast(sum(entries) as signed) entries from point_daily_totals"),
+    ).toEqual([{ entries: 3 }]);
+    expect(await pipeline.test.query("select time_zone from point_aggregation")).toEqual([
+      { time_zone: "Asia/Tokyo" },
+    ]);
+    await pipeline.test.query("update point_root set point_num = point_num + 1 where user_id = 'User1'");
+    for (const scheduler of schedulers) {
+      const metrics = await until("it tells of the difference", async () => {
+        const metrics = await metricsOf(scheduler);
+        return metrics.pointservice_reconcile_differences === 1 && metrics;
+      });
+      for (const name of ["reconcile", "aggregate"]) {
+        const seconds = metrics[`pointservice_${name}_finished_timestamp_seconds`] ?? 0;
+        expect(Math.abs(seconds - Date.now() / 1_000)).toBeLessThan(60);
+      }
+      expect((await fetch(`${scheduler.url}/ready`)).status).toBe(200);
+    }
+    expect(String(log().find(({ difference }) => difference)?.difference)).toStartWith(
+      "balance mismatch: User1 has 201, but the ledger has 200 in 2 entries",
+    );
+    await insertReservation(pipeline.test);
+    await untilDone(pipeline.test, { count: 4 });
+    for (const scheduler of schedulers) expect(await scheduler.kill("SIGTERM")).toBe(0);
+  });
+
+  test("scans on while its accounting waits for a lock, and after it was refused", async () => {
+    await using pipeline = await openPipeline();
+    const gate = Promise.withResolvers<void>();
+    const locked = Promise.withResolvers<void>();
+    const holding = pipeline.test.database.transaction(
+      async ({ execute, select }) => {
+        await execute("update point_aggregation set time_zone = 'Asia/Tokyo'");
+        locked.resolve();
+        // MySQL ends a session that stands still in a transaction.
+        for (let isOver = false; !isOver; ) {
+          isOver = await Promise.race([gate.promise.then(() => true), Bun.sleep(1_000).then(() => false)]);
+          await select("select 1");
+        }
+      },
+      { workMs: 60_000 },
+    );
+    await locked.promise;
+    const scheduler = await pipeline.start("scheduler", FAST);
+    await pipeline.start("worker");
+    for (let count = 1; count <= 3; count++) {
+      await insertReservation(pipeline.test);
+      await untilDone(pipeline.test, { count });
+    }
+    const compared = () => scheduler.log().some(({ differences }) => differences === 0);
+    expect(compared()).toBe(false);
+    gate.resolve();
+    await holding;
+    await until("it says what is wrong", () =>
+      scheduler
+        .log()
+        .find(
+          (line) =>
+            line.level === "error" && JSON.stringify(line).includes("totals are by days of Asia/Tokyo"),
+        ),
+    );
+    // It compares what can be compared.
+    await until("it compares", compared);
+    await insertReservation(pipeline.test);
+    await untilDone(pipeline.test, { count: 4 });
+  });
+
+  test("leaves the accounting to others with AGGREGATE_INTERVAL_MS=0; /metrics is then empty", async () => {
+    await using pipeline = await openPipeline();
+    const scheduler = await pipeline.start("scheduler", { ...FAST, AGGREGATE_INTERVAL_MS: "0" });
+    await pipeline.start("worker");
+    await insertReservation(pipeline.test);
+    await untilDone(pipeline.test, { count: 1 });
+    expect(await metricsOf(scheduler)).toEqual({});
+    expect(await scheduler.kill("SIGTERM")).toBe(0);
+    expect(await pipeline.test.query("select 1 from point_daily_totals")).toEqual([]);
+    expect(
+      await pipeline.test.query("select 1 from point_aggregation_turns where finished_at is not null"),
+    ).toEqual([]);
+  });
+});

@@ -1,0 +1,325 @@
+import { beforeEach, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { aggregate } from "../../lib/accounting/aggregate.ts";
+import { type Difference, describeDifference } from "../../lib/accounting/difference.ts";
+import { type ReconcileOptions, reconcile } from "../../lib/accounting/reconcile.ts";
+import { repairBalance } from "../../lib/accounting/repair.ts";
+import { emptyTables, openTestDatabase } from "../harness/database.ts";
+import { insertReservation } from "../harness/fixtures.ts";
+import { errorOf } from "../harness/harness.ts";
+import { insertEntries } from "../harness/ledger.ts";
+import { beforeStatements } from "../harness/statements.ts";
+import { change, fill, grant, LEASE_MS } from "./filled.ts";
+
+setDefaultTimeout(60_000);
+
+const db = await openTestDatabase();
+beforeEach(() => emptyTables(db));
+
+/** What a run finds; it must say the same number. */
+async function findAll(options: Partial<ReconcileOptions> = {}): Promise<Difference[]> {
+  const found: Difference[] = [];
+  const onDifference = (difference: Difference) => void found.push(difference);
+  const { differences } = await reconcile(db.database, { leaseMs: LEASE_MS, onDifference, ...options });
+  expect(differences).toBe(found.length);
+  return found;
+}
+
+function linesOf(found: readonly Difference[]): string {
+  return found.map(describeDifference).join("\n");
+}
+
+/** An open reservation of Late, reserved an hour ago and due minutes ago. */
+const LATE = `insert into point_reservations
+  (id, user_id, point_amount, execute_at, idempotency_key, created_at, status, scan_at)
+  values (uuid(), 'Late', 1, now(3) - interval 400 second, uuid(), now(3) - interval 1 hour`;
+
+interface Plant {
+  name: string;
+  sql: string;
+  /** What must be found of it, and nothing else. */
+  kinds: Difference["kind"][];
+  says: RegExp;
+  /** It leaves no row behind that says that it was changed since: a row that was deleted, or an old entry that was changed. */
+  onlyFull?: true;
+}
+
+const PLANTS: Plant[] = [
+  {
+    name: "a balance that is off by one",
+    sql: "update point_root set point_num = point_num + 1 where user_id = 'Ann'",
+    kinds: ["balance"],
+    says: /^balance mismatch: Ann has 231, but the ledger has 230 in 4 entries: /m,
+  },
+  {
+    name: "a balance that is not there",
+    sql: "delete from point_root where user_id = 'Bob'",
+    kinds: ["balance"],
+    says: /^balance mismatch: Bob has no balance, but the ledger has 100 in 1 entry: /m,
+    onlyFull: true,
+  },
+  {
+    name: "a balance of somebody who has no ledger entry",
+    sql: "insert into point_root (user_id, point_num) values ('zzz', 7)",
+    kinds: ["balance"],
+    says: /^balance mismatch: zzz has 7, but the ledger has 0 in 0 entries$/m,
+  },
+  {
+    name: "a ledger entry that is missing",
+    sql: "delete from point_transactions where user_id = 'Bob'",
+    kinds: ["balance", "reservation", "total"],
+    says: /^reservation mismatch: \S+ is DONE, but does not have exactly one ledger entry of 100 for Bob: it has none$/m,
+    onlyFull: true,
+  },
+  {
+    name: "a second ledger entry, of no reservation",
+    sql: `insert into point_transactions (id, idempotency_key, user_id, point_amount, kind, reservation_id)
+          values (uuid(), uuid(), 'Cat', 100, 'grant', uuid())`,
+    kinds: ["balance", "entry"],
+    says: /^orphan entry: there is no reservation \S+: \S+ \(100 for Cat, key /m,
+  },
+  {
+    name: "a ledger entry of another reservation",
+    sql: "update point_transactions set reservation_id = uuid() where user_id = 'Bob'",
+    kinds: ["reservation", "entry", "total", "total"],
+    says: /^orphan entry: there is no reservation \S+: \S+ \(100 for Bob/m,
+    onlyFull: true,
+  },
+  {
+    name: "a ledger entry of another amount",
+    sql: "update point_transactions set point_amount = 101 where user_id = 'Bob'",
+    kinds: ["balance", "reservation", "total"],
+    says: /^reservation mismatch: .* exactly one ledger entry of 100 for Bob: \S+ \(101 for Bob/m,
+    onlyFull: true,
+  },
+  {
+    name: "a ledger entry of another user",
+    sql: "update point_transactions set user_id = 'Eve' where user_id = 'Bob'",
+    kinds: ["balance", "balance", "reservation"],
+    says: /^balance mismatch: Eve has no balance, but the ledger has 100 in 1 entry/m,
+    onlyFull: true,
+  },
+  {
+    name: "DONE without a grant",
+    sql: `insert into point_reservations (id, user_id, point_amount, execute_at, idempotency_key, status)
+          values (uuid(), 'Bob', 5, now(3), uuid(), 'DONE')`,
+    kinds: ["reservation"],
+    says: /^reservation mismatch: .* exactly one ledger entry of 5 for Bob: it has none$/m,
+  },
+  {
+    name: "a grant without DONE",
+    sql: "update point_reservations set status = 'CANCELLED' where user_id = 'Cat'",
+    kinds: ["entry"],
+    says: /^orphan entry: its reservation \S+ is CANCELLED: \S+ \(100 for Cat/m,
+  },
+  {
+    name: "a total that is wrong",
+    sql: "update point_daily_totals set points = points - 1 where kind = 'sub'",
+    kinds: ["total"],
+    says: /^total mismatch: 2026-01-01, sub, no campaign: the total has 1 entry, -21 points, 1 user, .*, but the ledger has 1 entry, -20 points, 1 user/m,
+  },
+  {
+    name: "a total of users that is wrong",
+    sql: "update point_daily_totals set users = users + 1 where kind = 'grant'",
+    kinds: ["total"],
+    says: /^total mismatch: 2026-01-01, grant, campaign spring: the total has 4 entries, 400 points, 4 users, /m,
+  },
+  {
+    name: "a total of nothing",
+    sql: `insert into point_daily_totals (generation, day, kind, campaign, entries)
+          values (1, '2026-02-03', 'add', '', 1)`,
+    kinds: ["total"],
+    says: /^total mismatch: 2026-02-03, add, no campaign: the total has 1 entry, .*, but the ledger has no/m,
+  },
+  {
+    name: "a total that is not there",
+    sql: "delete from point_daily_totals where kind = 'add'",
+    kinds: ["total"],
+    says: /, add, no campaign: there is no total, but the ledger has 1 entry, 50 points, 1 user/m,
+    onlyFull: true,
+  },
+  {
+    name: "a reservation that nobody looks at",
+    sql: `${LATE}, 'PENDING', now(3) - interval 400 second)`,
+    kinds: ["overdue"],
+    says: /^overdue reservation: \S+ of Late was due at \d{4}-.*Z and is still PENDING after 0 failed attempts$/m,
+  },
+  {
+    name: "a reservation that is claimed again and again",
+    sql: `${LATE}, 'PROCESSING', now(3) + interval 15 second)`,
+    kinds: ["overdue"],
+    says: /^overdue reservation: \S+ of Late was due at .* is still PROCESSING after /m,
+  },
+];
+
+describe("reconcile() finds and names", () => {
+  test("nothing if all is right, and says how much it has checked", async () => {
+    await fill(db);
+    const nothing = { users: 0, reservations: 0, entries: 0, days: 0, differences: 0 };
+    expect(await reconcile(db.database, { leaseMs: LEASE_MS })).toMatchObject({
+      ...nothing,
+      isFull: true,
+      users: 3,
+      reservations: 7,
+      entries: 6,
+      days: 1,
+    });
+    // It looks only at what was changed since.
+    expect(await reconcile(db.database, { leaseMs: LEASE_MS })).toMatchObject({ ...nothing, isFull: false });
+  });
+
+  test.each(PLANTS)("$name, in a full run and, if a row says so, in the next run", async (plant) => {
+    await fill(db);
+    expect(await findAll()).toEqual([]);
+    await db.query(plant.sql);
+    if (!plant.onlyFull) {
+      const found = await findAll();
+      expect(linesOf(found)).toMatch(plant.says);
+      expect(found.filter(({ kind }) => !plant.kinds.includes(kind))).toEqual([]);
+    }
+    const found = await findAll({ isFull: true });
+    expect(linesOf(found)).toMatch(plant.says);
+    expect(found.map(({ kind }) => kind)).toEqual(plant.kinds);
+    // And again, until it is repaired: the next run is a full one too.
+    expect(await findAll()).toHaveLength(plant.kinds.length);
+  });
+
+  test("a ledger entry that is there twice, under its own key", async () => {
+    await fill(db);
+    const [unique, plain] = ["unique key", "key"].map(
+      (key) => `alter table point_transactions drop key point_transactions_idempotency_key,
+        add ${key} point_transactions_idempotency_key (idempotency_key, is_grant)`,
+    );
+    await db.query(plain as string);
+    await db.query(
+      `insert into point_transactions (id, idempotency_key, user_id, point_amount, kind, reservation_id)
+       select uuid(), idempotency_key, user_id, point_amount, kind, reservation_id
+       from point_transactions where user_id = 'Cat'`,
+    );
+    const found = await findAll();
+    expect(found.map(({ kind }) => kind)).toEqual(["balance", "reservation"]);
+    expect(linesOf(found)).toMatch(
+      /^reservation mismatch: .* exactly one ledger entry of 100 for Cat: \S+ \(.*\), \S+ \(/m,
+    );
+    await db.query("delete from point_transactions where user_id = 'Cat'");
+    await db.query(unique as string);
+  });
+
+  test("an entry whose balance was forgotten, though nothing else of its user was changed lately", async () => {
+    await fill(db);
+    expect(await findAll()).toEqual([]);
+    await insertEntries(db, [{ userId: "Bob", pointAmount: 9 }]);
+    expect(await findAll()).toMatchObject([{ kind: "balance", user_id: "Bob", balance: 100n, ledger: 109n }]);
+  });
+
+  test("a reservation that was DONE and is not any more, though its entry is old; once, though two pages hold it", async () => {
+    await fill(db);
+    expect(await findAll()).toEqual([]);
+    await db.query("update point_reservations set status = 'CANCELLED' where user_id = 'Bob'");
+    expect(await findAll()).toMatchObject([{ kind: "entry", entries: [{ user_id: "Bob" }] }]);
+    await db.query("update point_transactions set created_at = now(3) where user_id = 'Bob'");
+    expect((await findAll()).filter(({ kind }) => kind === "entry")).toHaveLength(1);
+  });
+
+  test("nothing overdue in what was reserved, or is tried again, just now for a time long past", async () => {
+    await fill(db);
+    const executeAt = new Date("2026-01-01");
+    await insertReservation(db, { executeAt });
+    for (const status of ["PENDING", "PROCESSING"] as const) {
+      const { id } = await insertReservation(db, { executeAt, status, scanAt: new Date() });
+      await db.query("update point_reservations set created_at = ?, last_error = 'full' where id = ?", [
+        executeAt,
+        id,
+      ]);
+    }
+    expect(await findAll()).toEqual([]);
+  });
+
+  test("what a full run has found in every run, until a full run has found it repaired", async () => {
+    await fill(db);
+    expect(await findAll()).toEqual([]);
+    const moveUnseen = (points: number) =>
+      db.query(
+        "update point_root set point_num = point_num + ?, updated_at = '2026-01-01' where user_id = 'Ann'",
+        [points],
+      );
+    await moveUnseen(1);
+    expect(await findAll()).toEqual([]);
+    expect(await findAll({ isFull: true })).toHaveLength(1);
+    expect(await findAll()).toHaveLength(1);
+    await moveUnseen(-1);
+    for (const isFull of [true, false]) {
+      expect(await reconcile(db.database, { leaseMs: LEASE_MS })).toMatchObject({ isFull, differences: 0 });
+    }
+  });
+
+  test("differences beyond the first page of each kind", async () => {
+    const users = Array.from({ length: 4_500 }, (_, index) => `U${String(index).padStart(5, "0")}`);
+    await db.query("insert into point_root (user_id, point_num) values ?", [users.map((user) => [user, 3])]);
+    await insertEntries(
+      db,
+      users.map((userId) => ({ userId, pointAmount: 3 })),
+    );
+    await aggregate(db.database, { timeZone: "Asia/Tokyo" });
+    expect(await findAll()).toEqual([]);
+    const wrong = ["U00000", "U02000", "U04499"];
+    await db.query("update point_root set point_num = 4 where user_id in (?)", [wrong]);
+    for (const isFull of [true, false]) {
+      expect(await findAll({ isFull })).toMatchObject(wrong.map((user_id) => ({ user_id })));
+    }
+  });
+});
+
+test.each([true, false])(
+  "reconcile() raises no false alarm if points move between any two of its statements (isFull %p)",
+  async (isFull) => {
+    await fill(db);
+    expect(await findAll()).toEqual([]);
+    const busy = beforeStatements(db.database, async () => {
+      await grant(db, { userId: "Ann" });
+      await grant(db, { userId: "Bob", campaign: "summer" });
+      await change(db, "Ann", 3);
+      await change(db, "New", 1);
+      await change(db, "Ann", -1);
+      await aggregate(db.database, { timeZone: "UTC" });
+    });
+    const found: Difference[] = [];
+    const onDifference = (difference: Difference) => void found.push(difference);
+    const { entries } = await reconcile(busy, { isFull, leaseMs: LEASE_MS, onDifference });
+    expect(found).toEqual([]);
+    expect(entries).toBeGreaterThan(6);
+    expect(await findAll({ isFull: true })).toEqual([]);
+  },
+);
+
+describe("repairBalance()", () => {
+  test("sets it to the ledger's sum while points come and go: none is lost, each repair is recorded", async () => {
+    await fill(db);
+    const changes: Promise<unknown>[] = [];
+    // They wait for the balance while the repair holds it.
+    const busy = beforeStatements(db.database, () => {
+      changes.push(grant(db, { userId: "Ann" }), change(db, "Ann", 1));
+    });
+    for (const points of [1, 2, 3, 4, 5]) {
+      await db.query("update point_root set point_num = point_num + ? where user_id = 'Ann'", [points]);
+      const { before, after } = (await repairBalance(busy, "Ann", { repairedBy: "tester" })) ?? {};
+      expect((before ?? 0n) - (after ?? 0n)).toBe(BigInt(points));
+      await Promise.all(changes.splice(0));
+    }
+    expect(await findAll({ isFull: true })).toEqual([]);
+    expect(
+      await db.query("select user_id from point_repairs where repaired_by like 'tester, MySQL user %@%'"),
+    ).toEqual(Array(5).fill({ user_id: "Ann" }));
+  });
+
+  test("does nothing if the two agree, and refuses a sum that no balance can hold", async () => {
+    await fill(db);
+    expect(await repairBalance(db.database, "Ann", { repairedBy: "tester" })).toBeUndefined();
+    await insertEntries(db, [{ userId: "Bob", pointAmount: -1_000 }]);
+    const error = await errorOf(repairBalance(db.database, "Bob", { repairedBy: "tester" }));
+    expect(error.isOutage).toBe(false);
+    expect(await db.query("select * from point_repairs")).toEqual([]);
+    expect(await db.query("select point_num from point_root where user_id = 'Bob'")).toEqual([
+      { point_num: 100 },
+    ]);
+  });
+});

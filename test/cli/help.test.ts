@@ -1,0 +1,43 @@
+import { expect, test } from "bun:test";
+import { runCommand } from "../harness/command.ts";
+
+// What every command has in common.
+
+test.concurrent.each(["aggregate", "totals", "reconcile"])(
+  "%s --help says how it is used, and exits 0",
+  async (name) => {
+    const { code, stdout, stderr } = await runCommand(name, { args: ["--help"] });
+    expect([code, stderr]).toEqual([0, ""]);
+    expect(stdout).toContain(`Usage: bun run ${name}`);
+  },
+);
+
+test.concurrent.each<[string, string[], string]>([
+  ["aggregate", ["--form"], "unknown option '--form'"],
+  ["aggregate", ["2026-03-01"], "too many arguments"],
+  ["aggregate", ["--from", "2026-02-31", "--to", "2026-03-01"], 'from 1970 to 9999: received "2026-02-31"'],
+  ["aggregate", ["--from", "2026-03-01"], "--from and --to must be given together"],
+  ["aggregate", ["--from", "2026-03-02", "--to", "2026-03-01"], "--from must not be after --to"],
+  ["aggregate", ["--rebuild", "--from", "2026-03-02", "--to", "2026-03-02"], "--rebuild"],
+  ["totals", ["--day"], "unknown option '--day'"],
+  ["totals", ["--from", "2026-02-30"], 'from 1970 to 9999: received "2026-02-30"'],
+  ["totals", ["--campaign", "a b"], "campaign must be 1 to 64 of"],
+  ["reconcile", ["--fix"], "unknown option '--fix'"],
+])("%s %j exits 2, and says what is wrong", async (name, args, reason) => {
+  const { code, stdout, stderr } = await runCommand(name, { args });
+  expect([code, stdout]).toEqual([2, ""]);
+  expect(stderr).toContain(reason);
+});
+
+test.concurrent.each([
+  ["aggregate", 1],
+  ["totals", 1],
+  // 1 says that there are differences.
+  ["reconcile", 3],
+])("%s exits %d if MySQL does not answer, and shows no password", async (name, code) => {
+  const env = { DATABASE_URL: "mysql://u:S3cret@127.0.0.1:1/d" };
+  const ended = await runCommand(name, { env });
+  expect([ended.code, ended.stdout]).toEqual([code, ""]);
+  expect(ended.stderr).toStartWith("Cannot ");
+  expect(ended.stderr).not.toContain("S3cret");
+});

@@ -1,0 +1,260 @@
+import { mkdirSync } from "node:fs";
+import { join } from "node:path";
+import { Option } from "commander";
+import { newCommand, runCommand } from "../../lib/cli/command.ts";
+import { install, mustInstall } from "../../lib/dev/install.ts";
+import { progress, settingsGiven, someOf, wholeNumber } from "../harness/tool.ts";
+import {
+  findViolations,
+  installWitness,
+  keepReconciling,
+  readTables,
+  reconcileAll,
+  type Tables,
+  type Violation,
+} from "./check.ts";
+import { type Client, openClient } from "./client.ts";
+import { KINDS, messageOf } from "./kinds.ts";
+import { kindOf, type Planned, planApart, planFaults } from "./plan.ts";
+import { randomOf } from "./random.ts";
+import { describeFirst, type Recovery, recoveryOf, type Struck } from "./report.ts";
+import { PLANTS, sabotage } from "./sabotage.ts";
+import { openWorld, type World } from "./world.ts";
+
+const DESCRIPTION = `Breaks everything, and checks what becomes of every reservation: real
+processes on a MySQL and a RabbitMQ of their own, a client that writes down each
+call and answer, and faults of many kinds at random moments. In the end
+everything is mended, and what the client was told is compared with the tables.
+
+The servers are a private pair, or those of DATABASE_URL and AMQP_URL if
+START_SERVICES is a command that starts those of them that do not run. Settings
+of the processes, e.g. LEASE_MS=15000, are passed on to them. Linux only.
+
+Exits with 0 if all is right, 1 if something is not, 2 if it could not be tried.`;
+
+const ROOT = join(import.meta.dir, "../..");
+/** How long the client waits for its last answers once everything is mended, in milliseconds. */
+const LAST_ANSWERS_MS = 60_000;
+/** How much later than the lease a reservation may come that a single fault has hit, in milliseconds. */
+const RECOVERY_MS = 2_000;
+const QUEUE_EMPTY_MS = 30_000;
+const MAX_STALE = 500;
+
+interface Options {
+  seconds: number;
+  seed: number;
+  only: string[];
+  apart: boolean;
+  json?: string;
+  sabotage?: string[];
+}
+
+/** Strikes as planned. Leaves out a fault that cannot strike because others have broken what it needs. */
+async function strikeAll(world: World, plan: readonly Planned[], client: Client): Promise<Struck[]> {
+  const beginMs = Date.now();
+  const struck: Struck[] = [];
+  async function strikeOne({ kind: name, atMs, lastsMs, node: place, seed }: Planned) {
+    await Bun.sleep(Math.max(0, beginMs + atMs - Date.now()));
+    const [kind, node] = [kindOf(name), world.nodes[place]];
+    if (!node) throw new Error(`Cannot strike ${name} at node ${place}`);
+    const { reservations } = client;
+    const fault = { name, node: kind.entries ? node.name : "", startMs: Date.now() };
+    try {
+      await kind.strike({ world, node, lastsMs, random: randomOf(seed), reservations });
+      struck.push({ ...fault, endMs: Date.now() });
+    } catch (error) {
+      progress(`${name} ${fault.node} did not strike: ${(error as Error).message}`);
+    }
+  }
+  await Promise.all(plan.map(strikeOne));
+  return struck.sort((a, b) => a.startMs - b.startMs);
+}
+
+const OPEN = `select id from point_reservations
+  where status in ('PENDING', 'PROCESSING') and execute_at < now(3) + interval 1 hour limit 1000`;
+
+/** Waits until nothing is left to grant. */
+async function untilAtRest({ test }: World, withinMs: number): Promise<Violation[]> {
+  for (const end = Date.now() + withinMs; ; await Bun.sleep(50)) {
+    const open = await test.query<{ id: string }>(OPEN);
+    if (open.length === 0) return [];
+    const what = `${open.length} reservations are still open ${withinMs} ms after everything was mended`;
+    if (Date.now() > end) return [{ what, names: [open[0]?.id ?? ""] }];
+  }
+}
+
+/** Sends what was taken away, and messages of reservations that are over: nothing may come of it. */
+async function sendStale(world: World, { reservations }: Client): Promise<Violation[]> {
+  await using operator = await world.openChannel();
+  const { channel } = operator;
+  const reserved = reservations.filter(({ id }) => id !== undefined).slice(0, MAX_STALE);
+  const stale = reserved.map((one) => Buffer.from(JSON.stringify({ ...messageOf(one), point_amount: 1 })));
+  for (const content of [...world.delayed, ...stale]) {
+    channel.sendToQueue(world.queueName, content, { persistent: true });
+  }
+  let empty = 0;
+  for (const end = Date.now() + QUEUE_EMPTY_MS; empty < 5; await Bun.sleep(100)) {
+    const { messageCount } = await channel.checkQueue(world.queueName);
+    empty = messageCount === 0 ? empty + 1 : 0;
+    const what = `${messageCount} messages are still in the queue after ${QUEUE_EMPTY_MS} ms`;
+    if (Date.now() > end) return [{ what, names: [] }];
+  }
+  return [];
+}
+
+/** What each single fault took too long to recover from. */
+function findSlow({ byFault }: Recovery, leaseMs: number): Violation[] {
+  return byFault.flatMap(({ name, node, recoveredMs, id = "" }) => {
+    const boundMs = (kindOf(name).needsLease ? leaseMs : 0) + RECOVERY_MS;
+    const what = `${name} ${node} was recovered from after ${recoveredMs} ms instead of ${boundMs}`;
+    return recoveredMs > boundMs ? [{ what, names: [id] }] : [];
+  });
+}
+
+function showKinds({ byFault }: Recovery, isApart: boolean): void {
+  const faults = Map.groupBy(byFault, ({ name }) => name);
+  console.table(
+    Array.from(faults, ([fault, all]) => {
+      const slowest = Math.max(...all.map(({ recoveredMs }) => recoveredMs));
+      return { fault, times: all.length, ...(isApart && { "slowest recovery, ms": slowest }) };
+    }),
+  );
+}
+
+async function runIn(world: World, options: Options): Promise<number> {
+  const { seconds, seed, only: kinds, apart: isApart, json } = options;
+  await installWitness(world.test);
+  const { LEASE_MS: leaseMs, SCAN_INTERVAL_MS: scanMs } = world.settings;
+  const plan = (isApart ? planApart : planFaults)(randomOf(seed), { seconds, kinds, leaseMs });
+  const folder = join(ROOT, ".services", "faults");
+  mkdirSync(folder, { recursive: true });
+  const historyFile = join(folder, `history-${seed}.jsonl`);
+  const client = openClient(world, { random: randomOf(seed + 1), historyFile });
+  const lastMs = Math.max(seconds * 1_000, ...plan.map((fault) => fault.atMs + fault.lastsMs));
+  const untilMs = Date.now() + lastMs;
+  const planned = new Set(plan.map(({ kind }) => kind)).size;
+  progress(`${plan.length} faults of ${planned} kinds in ${Math.round(lastMs / 1_000)} s`);
+  const ticking = setInterval(() => {
+    const { calls, tries } = client.counts;
+    progress(`${client.reservations.length} reservations, ${calls} calls in ${tries} tries`);
+  }, 10_000);
+  const over = new AbortController();
+  const reconciling = keepReconciling(world.test, { leaseMs, signal: over.signal });
+  const calling = client.run({ untilMs, lastMs: LAST_ANSWERS_MS });
+  const struck = await strikeAll(world, plan, client);
+  await Bun.sleep(Math.max(0, untilMs - Date.now()));
+  await world.heal();
+  await calling;
+  clearInterval(ticking);
+  await client.close();
+
+  const violations = await untilAtRest(world, leaseMs + 2 * scanMs);
+  violations.push(...(await sendStale(world, client)));
+  over.abort();
+  const reconciled = await reconciling;
+  violations.push(...reconciled.violations, ...(await reconcileAll(world.test, { leaseMs })));
+  const tables = await readTables(world.test);
+  violations.push(...findViolations(client, tables));
+  for (const node of world.nodes) node.checkConfirmed();
+  violations.push(...world.misdeeds.map((what) => ({ what, names: [] })));
+  if (!tables.agree) violations.push({ what: "reservations, ledger and balances do not agree", names: [] });
+  const recovery = recoveryOf(tables, struck);
+  if (isApart) violations.push(...findSlow(recovery, leaseMs));
+  const logs = world.logs();
+  // The schedulers reconcile as well.
+  for (const { difference } of logs) {
+    if (difference) violations.push({ what: `a scheduler found: ${difference}`, names: [] });
+  }
+
+  showKinds(recovery, isApart);
+  const summary = summarize({ client, tables, logs });
+  const figures = {
+    seed,
+    seconds: Math.round(lastMs / 1_000),
+    faults: struck.length,
+    kinds: new Set(struck.map(({ name }) => name)).size,
+    ...summary,
+    reconciliations: reconciled.runs,
+    // Of the time between due and granted, only the part in which nothing was broken.
+    slowest_recovery_ms: recovery.slowestMs,
+    violations: violations.length,
+  };
+  console.table([figures]);
+  if (json) {
+    const counts = kinds.map((name) => [name, struck.filter((one) => one.name === name).length]);
+    const all = { ...figures, settings: settingsGiven(), by_kind: Object.fromEntries(counts) };
+    await Bun.write(json, `${JSON.stringify(all)}\n`);
+  }
+  const evidence = { tables, struck, historyFile, logs };
+  if (recovery.slowestMs > leaseMs + 2 * scanMs) {
+    const what = `waited ${recovery.slowestMs} ms while nothing was broken`;
+    console.log(await describeFirst([{ what, names: [recovery.slowestId ?? ""] }], evidence));
+  }
+  if (violations.length === 0) {
+    console.log(`Nothing lost, nothing doubled, nothing early (seed ${seed})`);
+    return 0;
+  }
+  const sorts = Map.groupBy(violations, ({ what }) => what.replaceAll(/[0-9a-f-]{36}|\d+/g, "…"));
+  for (const [sort, all] of sorts) console.log(`${all.length} × ${sort}`);
+  console.log(await describeFirst(violations, evidence));
+  console.log(`VIOLATED: ${violations[0]?.what}`);
+  console.log(`Again: bun run faults --seed ${seed} --seconds ${seconds}; calls and answers: ${historyFile}`);
+  return 1;
+}
+
+function summarize(found: { client: Client; tables: Tables; logs: Record<string, unknown>[] }) {
+  const { client, tables, logs } = found;
+  const { calls, tries } = client.counts;
+  const isDeadlock = ({ error }: { error?: unknown }) => /DEADLOCK/.test(JSON.stringify(error ?? ""));
+  return {
+    reservations: tables.rows.length,
+    granted: tables.entries.filter(({ kind }) => kind === "grant").length,
+    cancelled: tables.rows.filter(({ status }) => status === "CANCELLED").length,
+    ledger_entries: tables.entries.length,
+    calls,
+    retries: tries - calls,
+    deadlocks: logs.filter(isDeadlock).length,
+  };
+}
+
+async function run(options: Options): Promise<number> {
+  progress(`seed ${options.seed}; starting MySQL, RabbitMQ and 7 processes`);
+  const world = await openWorld(settingsGiven());
+  let closing: Promise<unknown> | undefined;
+  function close() {
+    closing ??= Promise.resolve(world[Symbol.asyncDispose]());
+    return closing;
+  }
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    process.once(signal, () => close().then(() => process.exit(2)));
+  }
+  try {
+    return await runIn(world, options);
+  } finally {
+    await close();
+  }
+}
+
+const names = Object.keys(KINDS);
+const plants = Object.keys(PLANTS);
+const parsePlants = (text: string) => (text === "all" ? plants : someOf(plants)(text));
+const command = newCommand("faults", DESCRIPTION)
+  .option("--seconds <n>", "how long it lasts", wholeNumber(5), 120)
+  .option("--seed <n>", "the same seed makes the same plan of faults", wholeNumber(0), Date.now() % 1e9)
+  .addOption(
+    new Option("--only <kinds>", "kinds of faults, with commas between them")
+      .argParser(someOf(names))
+      .default(names, "all"),
+  )
+  .option("--apart", `one fault at a time, each recovered from within the lease + ${RECOVERY_MS} ms`, false)
+  .option("--json <file>", "where to write the figures")
+  .option("--sabotage <bugs>", "plant bugs, `all` or names with commas: each must be caught", parsePlants);
+await runCommand<Options>(command, {
+  what: "run the faults",
+  failed: 2,
+  async run(options) {
+    // Servers of its own, which may be killed.
+    if (!Bun.env.START_SERVICES && mustInstall()) await install({ say: progress });
+    return options.sabotage ? sabotage(options.sabotage) : run(options);
+  },
+});

@@ -1,0 +1,358 @@
+import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
+import type { Channel } from "amqplib";
+import { type Outcome, openQueue, type Queue, QueueError, type QueueOptions } from "../../lib/queue.ts";
+import { AMQP_URL, uniqueName, until } from "../harness/harness.ts";
+import { blockedFrame, startProxy, type TcpProxy } from "../harness/proxy.ts";
+import { deleteQueue, openChannel } from "../harness/queue.ts";
+
+setDefaultTimeout(30_000);
+
+const cleanups: (() => Promise<unknown>)[] = [];
+afterAll(() => Promise.all(cleanups.map((cleanup) => cleanup())));
+
+interface Opened {
+  queue: Queue;
+  name: string;
+  /** How often it connected, and why it was disconnected each time. */
+  events: { connected: number; reasons: string[] };
+}
+
+/** An open queue of its own name, closed and deleted in the end. */
+function open({ url = AMQP_URL, ...options }: Partial<QueueOptions> & { url?: string } = {}): Opened {
+  const name = options.name ?? uniqueName("queue_test");
+  const events: Opened["events"] = { connected: 0, reasons: [] };
+  const queue = openQueue(url, {
+    ...options,
+    name,
+    onConnected: () => events.connected++,
+    onDisconnected: (reason) => events.reasons.push(reason),
+  });
+  cleanups.push(async () => {
+    await queue.close();
+    await deleteQueue(name);
+  });
+  return { queue, name, events };
+}
+
+async function openReady(options: Parameters<typeof open>[0] = {}): Promise<Opened> {
+  const opened = open(options);
+  await until("the queue is ready", () => opened.queue.isReady());
+  return opened;
+}
+
+async function openProxy(options?: { serving: boolean }): Promise<TcpProxy> {
+  const proxy = await startProxy(AMQP_URL, options);
+  cleanups.push(() => proxy.close());
+  return proxy;
+}
+
+/** Does something without our code, on a connection of its own. */
+async function asOperator<T>(work: (channel: Channel) => Promise<T>): Promise<T> {
+  await using operator = await openChannel();
+  return await work(operator.channel);
+}
+
+/** The next message of a queue, taken from it. */
+async function take(channel: Channel, name: string) {
+  return (await channel.get(name, { noAck: true })) || undefined;
+}
+
+function messages(...texts: string[]): Buffer[] {
+  return texts.map((text) => Buffer.from(text));
+}
+
+/** Consumes, and notes what comes; ready when it returns. */
+async function consume(
+  { queue }: Opened,
+  {
+    outcome = () => "ack" as const,
+    prefetch = 10,
+    before = async () => {},
+  }: {
+    outcome?: (text: string) => Outcome | Promise<Outcome>;
+    prefetch?: number;
+    before?: () => Promise<unknown>;
+  } = {},
+): Promise<string[]> {
+  const received: string[] = [];
+  async function handle(content: Buffer) {
+    received.push(content.toString());
+    return outcome(content.toString());
+  }
+  queue.consume({ prefetch, before, handle });
+  await until("consuming", () => queue.isReady());
+  return received;
+}
+
+test.concurrent("publish() confirms what is persistent, routed and labelled (fault 14)", async () => {
+  const { queue, name } = await openReady();
+  const texts = ["one", "two", "three"];
+  expect(await queue.publish(messages(...texts))).toBe(3);
+  expect(await queue.depth()).toBe(3);
+  await asOperator(async (channel) => {
+    for (const text of texts) {
+      const message = await take(channel, name);
+      expect(message?.content.toString()).toBe(text);
+      expect(message?.properties).toMatchObject({
+        deliveryMode: 2,
+        contentType: "application/json",
+        messageId: expect.stringMatching(/^[0-9a-f-]{36}$/),
+      });
+    }
+  });
+});
+
+test.concurrent("openQueue() makes a durable quorum queue whose dead letters cannot get lost", async () => {
+  const { name } = await openReady();
+  // A queue with other arguments would be refused here.
+  await asOperator((channel) =>
+    channel.assertQueue(name, {
+      durable: true,
+      arguments: {
+        "x-queue-type": "quorum",
+        "x-max-length": 1_000_000,
+        "x-delivery-limit": 20,
+        "x-overflow": "reject-publish",
+        "x-dead-letter-strategy": "at-least-once",
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": `${name}.dead`,
+      },
+    }),
+  );
+});
+
+test.concurrent("consume() acknowledges what was handled and moves what is dead to the dead-letter queue", async () => {
+  const opened = await openReady();
+  const { queue, name } = opened;
+  await queue.publish(messages("good", "bad", "fine"));
+  const received = await consume(opened, { outcome: (text) => (text === "bad" ? "dead" : "ack") });
+  await until("all came", () => received.length === 3);
+  expect(received).toEqual(["good", "bad", "fine"]);
+  const dead = await until("the dead letter", () => asOperator((channel) => take(channel, `${name}.dead`)));
+  expect(dead.content.toString()).toBe("bad");
+  await queue.close();
+  await asOperator(async (channel) => {
+    expect((await channel.checkQueue(name)).messageCount).toBe(0);
+    expect((await channel.checkQueue(`${name}.dead`)).messageCount).toBe(0);
+  });
+});
+
+test.concurrent("consume() hands over at most prefetch messages at once", async () => {
+  const opened = await openReady();
+  const gate = Promise.withResolvers<Outcome>();
+  const received = await consume(opened, { prefetch: 3, outcome: () => gate.promise });
+  await opened.queue.publish(messages("1", "2", "3", "4", "5"));
+  await until("two wait", async () => received.length === 3 && (await opened.queue.depth()) === 2);
+  gate.resolve("ack");
+  await until("the rest", () => received.length === 5);
+});
+
+test.concurrent("a handler that throws gives all open messages back; consumption resumes after `before` (fault 34)", async () => {
+  const opened = await openReady();
+  const { queue, events } = opened;
+  const gate = Promise.withResolvers<Outcome>();
+  let befores = 0;
+  const received = await consume(opened, {
+    before: async () => befores++,
+    outcome(text) {
+      if (befores > 1) return "ack";
+      if (text !== "5") return gate.promise;
+      throw new Error("MySQL is away");
+    },
+  });
+  const texts = ["1", "2", "3", "4", "5"];
+  await queue.publish(messages(...texts));
+  await until("all came again", () => received.length === 10);
+  expect(received.slice(0, 5)).toEqual(texts);
+  expect(received.slice(5).sort()).toEqual(texts);
+  expect(befores).toBe(2);
+  expect(events.reasons).toContain("MySQL is away");
+  // The handlers of the lost subscription end late: their acknowledgements are dropped, not sent on the new channel.
+  const { connected } = events;
+  gate.resolve("ack");
+  expect(await queue.publish(messages("6"))).toBe(1);
+  await until("the next one", () => received.includes("6"));
+  expect(await queue.depth()).toBe(0);
+  // RabbitMQ would have closed a channel that acknowledges what it was not given.
+  expect([events.connected, queue.isReady()]).toEqual([connected, true]);
+});
+
+test.concurrent("publish() does not count what no queue took, depth() rejects then, and the queue is made again (fault 13)", async () => {
+  const { queue, name } = await openReady();
+  await deleteQueue(name);
+  expect(await queue.publish(messages("lost", "lost too"))).toBe(0);
+  await until("the queue is there", async () => (await queue.publish(messages("kept"))) === 1);
+  expect(await queue.depth()).toBe(1);
+  await deleteQueue(name);
+  await expect(queue.depth()).rejects.toBeInstanceOf(QueueError);
+  await until("the queue is there", () => queue.depth().catch(() => undefined));
+});
+
+test.concurrent("openQueue() waits for a broker that is not there at the start, and connects again after each loss", async () => {
+  const proxy = await openProxy({ serving: false });
+  const { queue, events, ...opened } = open({ url: proxy.url });
+  await until("a try has failed", () => events.reasons.length > 0);
+  expect([queue.isReady(), events.connected]).toEqual([false, 0]);
+  await proxy.serve();
+  const received = await consume({ queue, events, ...opened });
+  await proxy.refuse();
+  await until("not ready", () => !queue.isReady());
+  expect(await queue.publish(messages("never"))).toBe(0);
+  await expect(queue.depth()).rejects.toBeInstanceOf(QueueError);
+  const tries = events.reasons.length;
+  await until("several tries", () => events.reasons.length >= tries + 2);
+  await proxy.serve();
+  await until("ready again", () => queue.isReady());
+  expect(await queue.publish(messages("after"))).toBe(1);
+  await until("it comes", () => received.length > 0);
+  expect(received).toEqual(["after"]);
+});
+
+test.concurrent("a consumer that the broker cancels subscribes again (fault 35)", async () => {
+  const opened = open();
+  const { queue, name, events } = opened;
+  const gate = Promise.withResolvers<void>();
+  let befores = 0;
+  const before = async () => (++befores > 1 ? gate.promise : undefined);
+  const received = await consume(opened, { before });
+  await deleteQueue(name);
+  await until("it would subscribe again", () => befores === 2);
+  expect(events.reasons).toContain("RabbitMQ cancelled the consumer");
+  expect(queue.isReady()).toBe(false);
+  gate.resolve();
+  await until("consuming again", () => queue.isReady());
+  expect(await queue.publish(messages("after"))).toBe(1);
+  await until("it comes", () => received.length === 1);
+});
+
+test.concurrent("publish() resolves after its deadline if no confirm comes (fault 11)", async () => {
+  const proxy = await openProxy();
+  const { queue, events } = await openReady({ url: proxy.url, publishTimeoutMs: 300 });
+  proxy.hold();
+  expect(await queue.publish(messages("one", "two"))).toBe(0);
+  await until("the session ends", () => events.reasons.length > 0);
+  expect(events.reasons).toEqual(["RabbitMQ did not confirm within 300 ms"]);
+  await proxy.serve();
+  await until("connected again", () => events.connected === 2);
+  expect(await queue.publish(messages("three"))).toBe(1);
+});
+
+test.concurrent("an alarm of the broker refuses publishing at once, until it is over (fault 15)", async () => {
+  const proxy = await openProxy();
+  const { queue } = await openReady({ url: proxy.url });
+  proxy.inject(blockedFrame(true));
+  await until("not ready", () => !queue.isReady());
+  expect(await queue.publish(messages("never"))).toBe(0);
+  const refused = await queue.depth().catch((error) => error);
+  expect(refused).toBeInstanceOf(QueueError);
+  expect(refused.message).toContain("alarm");
+  proxy.inject(blockedFrame(false));
+  await until("ready", () => queue.isReady());
+  expect(await queue.publish(messages("after"))).toBe(1);
+  expect(await queue.depth()).toBe(1);
+});
+
+test.concurrent("an alarm that RabbitMQ reports only after a publish does not end the session (fault 15)", async () => {
+  const proxy = await openProxy();
+  const { queue, events } = await openReady({ url: proxy.url, publishTimeoutMs: 300 });
+  proxy.hold();
+  const publishing = queue.publish(messages("unconfirmed"));
+  proxy.inject(blockedFrame(true));
+  expect(await publishing).toBe(0);
+  proxy.inject(blockedFrame(false));
+  await until("ready", () => queue.isReady());
+  expect(events).toEqual({ connected: 1, reasons: [] });
+});
+
+test.concurrent("a queue of that name with other properties is reported, not a crash", async () => {
+  const name = uniqueName("queue_test");
+  await asOperator((channel) => channel.assertQueue(name, { durable: true }));
+  const { queue, events } = open({ name });
+  const [reason] = await until("the report", () => events.reasons.length > 0 && events.reasons);
+  expect(reason).toContain("PRECONDITION");
+  expect(reason).toContain(name);
+  expect([queue.isReady(), events.connected]).toEqual([false, 0]);
+  await asOperator((channel) => channel.deleteQueue(name));
+  await until("ready", () => queue.isReady());
+});
+
+test.concurrent("stop() takes no more messages and waits for what is in hand", async () => {
+  const opened = open();
+  const { queue, name } = opened;
+  const gate = Promise.withResolvers<Outcome>();
+  const received = await consume(opened, { outcome: () => gate.promise });
+  await queue.publish(messages("1", "2"));
+  await until("two are in hand", () => received.length === 2);
+  let isStopped = false;
+  const stopping = queue.stop(10_000).then(() => {
+    isStopped = true;
+  });
+  // On the same channel, hence after the cancellation: nobody is there to take it.
+  expect(await queue.publish(messages("3"))).toBe(1);
+  expect([await queue.depth(), isStopped]).toEqual([1, false]);
+  gate.resolve("ack");
+  await stopping;
+  await queue.close();
+  expect(received).toEqual(["1", "2"]);
+  await asOperator(async (channel) => {
+    const left = await take(channel, name);
+    expect(left?.content.toString()).toBe("3");
+    expect((await channel.checkQueue(name)).messageCount).toBe(0);
+  });
+});
+
+test.concurrent("stop() gives up in time, and what was in hand goes back to the queue", async () => {
+  const opened = open();
+  const { queue, name } = opened;
+  const received = await consume(opened, { outcome: () => new Promise(() => {}) });
+  await queue.publish(messages("stuck"));
+  await until("in hand", () => received.length === 1);
+  await queue.stop(300);
+  await queue.close();
+  await until("it is back", () =>
+    asOperator(async (channel) => (await channel.checkQueue(name)).messageCount === 1),
+  );
+});
+
+test.concurrent("close() settles on a connection that is dead, and nothing connects afterwards", async () => {
+  const proxy = await openProxy();
+  const { queue, events } = await openReady({ url: proxy.url });
+  proxy.hold();
+  await queue.close();
+  expect(queue.isReady()).toBe(false);
+  expect(await queue.publish(messages("never"))).toBe(0);
+  await expect(queue.depth()).rejects.toBeInstanceOf(QueueError);
+  await proxy.serve();
+  expect([events.connected, proxy.connections()]).toEqual([1, 0]);
+});
+
+test.concurrent("hint() reaches every listener of the queue's name, and is no message of the queue", async () => {
+  const received: string[][] = [[], []];
+  const [first, second] = received.map((texts) => (content: Buffer) => void texts.push(content.toString()));
+  if (!first || !second) return expect.unreachable();
+  const { queue, name } = await openReady({ onHint: first });
+  const [other, stranger] = [await openReady({ name, onHint: second }), await openReady()];
+  queue.hint(Buffer.from("one"));
+  other.queue.hint(Buffer.from("two"));
+  stranger.queue.hint(Buffer.from("of another queue"));
+  await until("all hints are there", () => received.every((texts) => texts.length === 2));
+  expect(received.map((texts) => texts.toSorted())).toEqual(Array(2).fill(["one", "two"]));
+  expect(await queue.depth()).toBe(0);
+});
+
+test.concurrent("hint() is lost silently while RabbitMQ is away, and heard again when it is back", async () => {
+  const proxy = await openProxy();
+  const received: string[] = [];
+  const onHint = (content: Buffer) => void received.push(content.toString());
+  const { queue } = await openReady({ url: proxy.url, onHint });
+  await proxy.refuse();
+  await until("it is gone", () => !queue.isReady());
+  queue.hint(Buffer.from("lost"));
+  await proxy.serve();
+  await until("it is back", () => queue.isReady());
+  await until("a hint arrives", () => {
+    queue.hint(Buffer.from("heard"));
+    return received.length > 0;
+  });
+  expect(received).not.toContain("lost");
+});

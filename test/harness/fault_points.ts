@@ -1,0 +1,125 @@
+import { expect } from "bun:test";
+import { withDeadline } from "../../lib/loop.ts";
+import type { TestDatabase } from "./database.ts";
+import { AMQP_URL } from "./harness.ts";
+import type { RunningService } from "./processes.ts";
+import { type Moment, startProxy, type TcpProxy } from "./proxy.ts";
+
+const PATIENCE_MS = 20_000;
+
+/** The name of a command: that in a statement's comment, else its first word, e.g. `begin`; or its name in AMQP. */
+export function nameOf(text: string): string {
+  return /^\/\* (\w+) \*\//.exec(text)?.[1] ?? /^[\w.]+/.exec(text)?.[0] ?? "";
+}
+
+/** Tells a command that a process sends; for one trap. */
+export interface Command {
+  name: string;
+  test(text: string): boolean;
+}
+
+/** The first command of that name, or the n-th one, or the first one behind another; counted over all connections. */
+export function command(name: string, { nth = 1, after }: { nth?: number; after?: string } = {}): Command {
+  let left = nth;
+  let counts = after === undefined;
+  function test(text: string) {
+    const found = nameOf(text);
+    if (counts) return found === name && --left === 0;
+    counts = found === after;
+    return false;
+  }
+  return { name, test };
+}
+
+/** Calls `see` with the name of every command, and stops none; until the next trap is set. */
+function watch(proxy: TcpProxy, see: (name: string, text: string) => void): void {
+  function test(text: string) {
+    see(nameOf(text), text);
+    return false;
+  }
+  proxy.trap({ command: { test }, moment: "unsent", spring() {} });
+}
+
+/** Resolves when a command is on its way to the server, after `then` was called; in time, or not at all. */
+export function seen(proxy: TcpProxy, { name, test }: Command, then = () => {}): Promise<void> {
+  const { promise, resolve } = Promise.withResolvers<void>();
+  watch(proxy, (_, text) => {
+    if (!test(text)) return;
+    then();
+    resolve();
+  });
+  return withDeadline(promise, PATIENCE_MS, () => new Error(`${name} did not come`));
+}
+
+/**
+ * The names of the statements that go through while some work is done, the second and further ones of a name
+ * with their number, e.g. `begin 2`.
+ */
+export async function statementsOf(proxy: TcpProxy, work: () => Promise<unknown>): Promise<string[]> {
+  const statements: string[] = [];
+  const counts = new Map<string, number>();
+  watch(proxy, (name) => {
+    // Not a statement, or one that sets a new connection up.
+    if (name === "" || name === "set") return;
+    const count = (counts.get(name) ?? 0) + 1;
+    counts.set(name, count);
+    statements.push(count === 1 ? name : `${name} ${count}`);
+  });
+  await work();
+  return statements;
+}
+
+/** Proxies to both servers, and the settings that lead a process through them. */
+export async function openProxies({ url }: Pick<TestDatabase, "url">) {
+  const [mysql, amqp] = [await startProxy(url), await startProxy(AMQP_URL)];
+  return {
+    mysql,
+    amqp,
+    env: { DATABASE_URL: mysql.url, AMQP_URL: amqp.url },
+    async [Symbol.asyncDispose]() {
+      await Promise.all([mysql.close(), amqp.close()]);
+    },
+  };
+}
+export type Proxies = Awaited<ReturnType<typeof openProxies>>;
+
+/** Kills a process, as kill -9 does, when its command is at that moment; `struck` resolves when it is dead. */
+export function killAt(
+  { mysql, amqp }: Proxies,
+  { command, moment, service }: { command: Command; moment: Moment; service: RunningService },
+) {
+  const { promise, resolve } = Promise.withResolvers<void>();
+  function spring() {
+    process.kill(service.pid, "SIGKILL");
+    resolve();
+  }
+  const proxy = command.name.startsWith("basic.") ? amqp : mysql;
+  proxy.trap({ command, moment, spring });
+  return async function struck() {
+    await withDeadline(promise, PATIENCE_MS, () => new Error(`${command.name} did not come to be ${moment}`));
+    // No exit code: the signal ended it, not an error of its own.
+    expect(await service.exited).toBeNull();
+  };
+}
+
+/** Stops a process, as SIGSTOP does, when it has sent a command; the answer waits for it. */
+export function stopAt(
+  proxy: TcpProxy,
+  { command, service }: { command: Command; service: RunningService },
+): Promise<void> {
+  return seen(proxy, command, () => process.kill(service.pid, "SIGSTOP"));
+}
+
+/** Gives the process that runs, and if it was killed starts the next one, which finds what it has left. */
+export function relay(start: () => Promise<RunningService>) {
+  let running: RunningService | undefined;
+  return async function runner() {
+    if (running) return running;
+    const started = await start();
+    running = started;
+    started.exited.then(() => {
+      if (running === started) running = undefined;
+    });
+    return started;
+  };
+}

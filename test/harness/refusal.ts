@@ -1,0 +1,19 @@
+import { DomainError } from "../../lib/errors.ts";
+
+/** The DomainError that some work must throw. */
+export function refusalOf(work: () => unknown): DomainError {
+  try {
+    work();
+  } catch (error) {
+    if (error instanceof DomainError) return error;
+    throw error;
+  }
+  throw new Error("It was not refused");
+}
+
+/** The sentences of the rules that some work must find broken. */
+export function sentencesOf(work: () => unknown): string[] {
+  const { code, brokenRules } = refusalOf(work);
+  if (code !== "INVALID_INPUT") throw new Error(`It was refused with ${code}`);
+  return brokenRules.map(({ sentence }) => sentence);
+}

@@ -1,0 +1,247 @@
+import { beforeEach, describe, expect, test } from "bun:test";
+import type { Database } from "../../lib/database.ts";
+import {
+  claimDue,
+  findNextScan,
+  lockReservations,
+  markDone,
+  markFailed,
+  scheduleRetry,
+} from "../../lib/reservations/claim_repository.ts";
+import type { Reservation } from "../../lib/reservations/reservation.ts";
+import { findReservation, type ReservationDetails } from "../../lib/reservations/reservation_queries.ts";
+import { RESERVATION_STATUSES } from "../../lib/schema.ts";
+import { emptyTables, openTestDatabase } from "../harness/database.ts";
+import { insertReservation, insertReservations, type RowFields, reservationOf } from "../harness/fixtures.ts";
+import { openFrozen } from "../harness/frozen.ts";
+import { inOrder } from "../harness/orders.ts";
+
+const db = await openTestDatabase();
+beforeEach(() => emptyTables(db));
+
+/** So many milliseconds from midday. */
+function midday(offsetMs = 0): Date {
+  return new Date(Date.parse("2029-02-22T12:00:00.500Z") + offsetMs);
+}
+
+const LEASE = { limit: 1_000, leaseMs: 60_000 };
+const WAITING = ["PENDING", "DONE", "FAILED", "CANCELLED"] as const;
+
+function insertDueAt(offsetMs: number, fields: RowFields = {}) {
+  return insertReservation(db, { executeAt: midday(offsetMs), ...fields });
+}
+
+function idsOf(reservations: readonly Pick<Reservation, "id">[]): string[] {
+  return reservations.map(({ id }) => id);
+}
+
+/** Some of a reservation's details. Not for `toMatchObject()`, which takes any two Dates for equal. */
+async function detailsOf<Name extends keyof ReservationDetails>(id: string, ...names: Name[]) {
+  const details = await findReservation(db.database, id);
+  if (!details) throw new Error(`No reservation ${id}`);
+  return Object.fromEntries(names.map((name) => [name, details[name]]));
+}
+
+/** Inserts so many, due one millisecond after the other; gives their ids in that order. */
+async function insertMany(count: number): Promise<string[]> {
+  const firstMs = Date.now() - 60_000;
+  const ordered = Array.from({ length: count }, (_, index) =>
+    reservationOf({ executeAt: new Date(firstMs + index) }),
+  );
+  const shuffled = ordered.toSorted((a, b) => (Bun.hash(a.id) < Bun.hash(b.id) ? -1 : 1));
+  await insertReservations(db, { reservations: shuffled });
+  return idsOf(ordered);
+}
+
+describe("claimDue()", () => {
+  test("gives what is due as PROCESSING, with its lateness, and not what is due a millisecond later (fault 6)", async () => {
+    const late = await insertDueAt(-1_500, { campaign: "summer" });
+    const now = await insertDueAt(0);
+    const { id: future } = await insertDueAt(1);
+    await using frozen = await openFrozen(db, midday());
+    expect(await claimDue(frozen, LEASE)).toEqual([
+      { ...late, lateMs: 1_500 },
+      { ...now, lateMs: 0 },
+    ]);
+    const claimed = { status: "PROCESSING", scanAt: midday(60_000), attempts: 0 } as const;
+    expect(await detailsOf(late.id, "status", "scanAt", "attempts")).toEqual(claimed);
+    expect(await detailsOf(future, "status", "scanAt")).toEqual({ status: "PENDING", scanAt: midday(1) });
+  });
+
+  test("goes by the database's own clock: due a millisecond ago is taken, due in 10 s is not", async () => {
+    const [past, future] = [await insertReservation(db), await insertReservation(db)];
+    const shift = "update point_reservations set scan_at = now(3) + interval ? microsecond where id = ?";
+    await db.query(shift, [-1_000, past.id]);
+    await db.query(shift, [10_000_000, future.id]);
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual([past.id]);
+  });
+
+  test("takes in the order of scan_at, then of id, up to the limit", async () => {
+    const tied = [await insertDueAt(-5), await insertDueAt(-5), await insertDueAt(-5)];
+    const oldest = await insertDueAt(-7, { scanAt: midday(-6) });
+    const last = await insertDueAt(-9, { scanAt: midday(-1) });
+    await using frozen = await openFrozen(db, midday());
+    const order: string[] = [];
+    for (const limit of [2, 2, 2]) order.push(...idsOf(await claimDue(frozen, { ...LEASE, limit })));
+    expect(order).toEqual([oldest.id, ...idsOf(tied).toSorted(), last.id]);
+    expect(await claimDue(frozen, LEASE)).toEqual([]);
+  });
+
+  test("gives a claim's rows again once its lease has ended, and not before", async () => {
+    const over = await insertDueAt(-2_000);
+    const open = await insertDueAt(-1_000);
+    await using frozen = await openFrozen(db, midday());
+    expect(idsOf(await claimDue(frozen, { limit: 1, leaseMs: 5_000 }))).toEqual([over.id]);
+    expect(idsOf(await claimDue(frozen, { limit: 1, leaseMs: 5_001 }))).toEqual([open.id]);
+    expect(await claimDue(frozen, LEASE)).toEqual([]);
+    await using later = await openFrozen(db, midday(5_000));
+    expect(await claimDue(later, LEASE)).toEqual([{ ...over, lateMs: 0 }]);
+    expect(await detailsOf(open.id, "scanAt")).toEqual({ scanAt: midday(5_001) });
+  });
+
+  test("leaves rows that another scheduler holds, and takes those behind them (fault 10)", async () => {
+    const [first, second, third, ...others] = (await insertMany(5)) as [string, string, string];
+    await db.database.transaction(async (transaction) => {
+      await lockReservations(transaction, [first, third]);
+      expect(idsOf(await claimDue(db.database, LEASE))).toEqual([second, ...others]);
+    });
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual([first, third]);
+  });
+
+  test("locks only what it takes: a claim beside one that is open gets the next rows (fault 18)", async () => {
+    const ids = await insertMany(100);
+    const claim = (database: Database) => claimDue(database, { ...LEASE, limit: 30 });
+    const parts = await inOrder(db, { first: claim, heldAt: "mark_processing", second: claim });
+    expect(parts.map(idsOf)).toEqual([ids.slice(0, 30), ids.slice(30, 60)]);
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual(ids.slice(60));
+  });
+
+  test("never takes a reservation that is over (fault 17)", async () => {
+    for (const status of ["DONE", "FAILED", "CANCELLED"] as const) await insertReservation(db, { status });
+    expect(await claimDue(db.database, LEASE)).toEqual([]);
+  });
+
+  test.each(RESERVATION_STATUSES)(
+    "can rely on the table: scan_at of %s is null if, and only if, it is over",
+    async (status) => {
+      const isOpen = status === "PENDING" || status === "PROCESSING";
+      const wrong = insertReservation(db, { status, scanAt: isOpen ? null : midday() });
+      await expect(wrong).rejects.toThrow("MySQL failed with");
+      await insertReservation(db, { status });
+    },
+  );
+});
+
+describe("findNextScan()", () => {
+  test("gives undefined if nothing waits", async () => {
+    await insertReservation(db, { status: "DONE" });
+    expect((await findNextScan(db.database)).inMs).toBeUndefined();
+  });
+
+  test.each([1_500, 1, 0, -1, -2_500])("gives %d ms to the row that is next", async (offsetMs) => {
+    await insertDueAt(offsetMs);
+    await insertDueAt(offsetMs + 1);
+    await insertDueAt(-10_000, { status: "PROCESSING", scanAt: midday(86_400_000) });
+    await using frozen = await openFrozen(db, midday());
+    expect(await findNextScan(frozen)).toEqual({ inMs: offsetMs, nowMs: midday().getTime() });
+  });
+});
+
+describe("lockReservations()", () => {
+  test("gives the rows in the order of their ids, due by the database's clock to the millisecond", async () => {
+    const future = await insertDueAt(1);
+    const now = await insertDueAt(0, { status: "PROCESSING" });
+    const past = await insertDueAt(-1, { status: "DONE" });
+    await using frozen = await openFrozen(db, midday());
+    const ids = [past.id, reservationOf().id, future.id, now.id];
+    const rows = await frozen.transaction((transaction) => lockReservations(transaction, ids));
+    expect(rows).toEqual([
+      { ...fieldsOf(future), status: "PENDING", isDue: false, lateMs: -1 },
+      { ...fieldsOf(now), status: "PROCESSING", isDue: true, lateMs: 0 },
+      { ...fieldsOf(past), status: "DONE", isDue: true, lateMs: 1 },
+    ]);
+    function fieldsOf({ id, userId, pointAmount, idempotencyKey }: Reservation) {
+      return { id, userId, pointAmount, idempotencyKey, attempts: 0 };
+    }
+  });
+
+  test.each([
+    [30, 100],
+    [400, 2_000],
+  ])("holds its %d rows of %d until the transaction ends, and no others", async (count, all) => {
+    const ids = await insertMany(all);
+    const [held, others] = [ids.slice(0, count), ids.slice(count)];
+    await db.database.transaction(async (transaction) => {
+      await lockReservations(transaction, held);
+      const next = await db.database.transaction((another) =>
+        lockReservations(another, others.slice(0, count)),
+      );
+      expect(next).toHaveLength(count);
+      expect(idsOf(await claimDue(db.database, { ...LEASE, limit: all }))).toEqual(others);
+    });
+    expect(idsOf(await claimDue(db.database, LEASE))).toEqual(held);
+  });
+});
+
+describe("markDone()", () => {
+  test("ends reservations that are PROCESSING", async () => {
+    const rows = [
+      await insertDueAt(0, { status: "PROCESSING" }),
+      await insertDueAt(0, { status: "PROCESSING" }),
+    ];
+    await db.database.transaction((transaction) => markDone(transaction, idsOf(rows)));
+    for (const { id } of rows) {
+      expect(await detailsOf(id, "status", "scanAt")).toEqual({ status: "DONE", scanAt: null });
+    }
+  });
+
+  test.each([...WAITING, "not there"] as const)(
+    "throws if one is %s, and the transaction leaves all as they were",
+    async (status) => {
+      const good = await insertReservation(db, { status: "PROCESSING" });
+      const bad = status === "not there" ? reservationOf() : await insertReservation(db, { status });
+      const before = await db.query("select * from point_reservations order by id");
+      const work = db.database.transaction((transaction) => markDone(transaction, idsOf([good, bad])));
+      await expect(work).rejects.toThrow("Cannot mark 2 reservations as DONE: 1 were PROCESSING");
+      expect(await db.query("select * from point_reservations order by id")).toEqual(before);
+    },
+  );
+});
+
+test.each([
+  ["残高 out of range", "残高 out of range"],
+  ["あ".repeat(501), "あ".repeat(500)],
+])(
+  "markFailed() ends a reservation with its reason, cut to its column, and counts the attempt",
+  async (reason, lastError) => {
+    const { id } = await insertReservation(db, { status: "PROCESSING" });
+    await db.database.transaction((transaction) => markFailed(transaction, id, { reason }));
+    const failed = { status: "FAILED", scanAt: null, attempts: 1, lastError } as const;
+    expect(await detailsOf(id, "status", "scanAt", "attempts", "lastError")).toEqual(failed);
+  },
+);
+
+test.each([1, 3_600_000])(
+  "scheduleRetry() makes a reservation wait %d ms for its next try, with the reason",
+  async (retryInMs) => {
+    const { id } = await insertDueAt(-1_000, { status: "PROCESSING" });
+    await using frozen = await openFrozen(db, midday());
+    const reason = "no luck";
+    await frozen.transaction((transaction) => scheduleRetry(transaction, id, { reason, retryInMs }));
+    const waiting = { status: "PENDING", scanAt: midday(retryInMs), attempts: 1, lastError: reason } as const;
+    expect(await detailsOf(id, "status", "scanAt", "attempts", "lastError")).toEqual(waiting);
+  },
+);
+
+test.each(WAITING)(
+  "markFailed() and scheduleRetry() leave a reservation alone that is %s",
+  async (status) => {
+    const { id } = await insertReservation(db, { status });
+    const before = await findReservation(db.database, id);
+    await db.database.transaction(async (transaction) => {
+      await markFailed(transaction, id, { reason: "late" });
+      await scheduleRetry(transaction, id, { reason: "late", retryInMs: 1 });
+    });
+    expect(await findReservation(db.database, id)).toEqual(before);
+  },
+);
