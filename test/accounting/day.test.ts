@@ -1,6 +1,6 @@
 import { describe, expect, test } from "bun:test";
 import { boundsOf, dayField, dayOf, daysBetween, newDays } from "../../lib/accounting/day.ts";
-import { sentencesOf } from "../harness/refusal.ts";
+import { sentenceOf, sentencesOf } from "../harness/refusal.ts";
 
 describe("boundsOf()", () => {
   test.each([
@@ -47,8 +47,7 @@ test.each<[unknown, string | undefined]>([
   [undefined, "from must be a day like 2026-01-31"],
   [20260131, "from must be a day like 2026-01-31"],
 ])("dayField says of %p: %p", (value, sentence) => {
-  const parsed = dayField.parse(value, "from");
-  expect("broken" in parsed ? parsed.broken.sentence : undefined).toBe(sentence as string);
+  expect(sentenceOf(dayField, value, "from")).toBe(sentence as string);
 });
 
 describe("newDays()", () => {

@@ -18,107 +18,88 @@ const db = await openTestDatabase();
 beforeEach(() => emptyTables(db));
 
 const CONFIG = { AGGREGATE_INTERVAL_MS: 3_600_000, AGGREGATE_TIME_ZONE: "UTC", LEASE_MS: 15_000 };
-const HOUR = { intervalMs: 3_600_000 };
 
-function keep(options: Partial<AccountingOptions> = {}) {
+async function keep(options: Partial<AccountingOptions> = {}) {
   const log: Record<string, unknown>[] = [];
   const logger = pino({}, { write: (line: string) => log.push(JSON.parse(line)) });
   const { signal } = new AbortController();
-  return { log, kept: keepAccounts({ database: db.database, logger, config: CONFIG, signal, ...options }) };
+  expect(await keepAccounts({ database: db.database, logger, config: CONFIG, signal, ...options })).toBe(
+    10_000,
+  );
+  return log;
 }
 
 describe("keepAccounts()", () => {
   test("counts and compares if it is time, in one of many, and then not before the interval is over", async () => {
     await change(db, "Ann", 5);
-    const runs = Array.from({ length: 5 }, () => keep());
-    expect(await Promise.all(runs.map(({ kept }) => kept))).toEqual(Array(5).fill(10_000));
-    expect(runs.flatMap(({ log }) => log)).toMatchObject([
+    const logs = await Promise.all(Array.from({ length: 5 }, () => keep()));
+    expect(logs.flat()).toMatchObject([
       { level: 30, counted: 1, users: 1, entries: 1, days: 1, differences: 0 },
     ]);
     await change(db, "Ann", 5);
-    const early = keep();
-    await early.kept;
-    expect(early.log).toEqual([]);
+    expect(await keep()).toEqual([]);
     await db.query("update point_aggregation_turns set finished_at = now(3) - interval 1 hour");
-    const next = keep();
-    await next.kept;
-    expect(next.log).toMatchObject([{ counted: 1, differences: 0 }]);
+    expect(await keep()).toMatchObject([{ counted: 1, differences: 0 }]);
   });
 
   test("logs each difference as an error, a hundred at most, and how many there are", async () => {
     const users = Array.from({ length: 150 }, (_, index) => [`U${index}`, 1]);
     await db.query("insert into point_root (user_id, point_num) values ?", [users]);
-    const { log, kept } = keep();
-    await kept;
+    const log = await keep();
     expect(log.filter(({ difference }) => difference)).toHaveLength(100);
-    expect(log[0]).toMatchObject({
-      level: 50,
-      difference: "balance mismatch: U0 has 1, but the ledger has 0 in 0 entries",
-    });
-    expect(log.at(-1)).toMatchObject({
-      level: 50,
-      differences: 150,
-      msg: expect.stringContaining("bun run reconcile"),
-    });
+    const difference = "balance mismatch: U0 has 1, but the ledger has 0 in 0 entries";
+    expect(log[0]).toMatchObject({ level: 50, difference });
+    const msg = expect.stringContaining("bun run reconcile");
+    expect(log.at(-1)).toMatchObject({ level: 50, differences: 150, msg });
   });
 
   test("leaves a run that a signal has ended to the next one", async () => {
     await change(db, "Ann", 5);
-    const { log, kept } = keep({ signal: AbortSignal.abort() });
-    await kept;
-    expect(log).toEqual([]);
+    expect(await keep({ signal: AbortSignal.abort() })).toEqual([]);
     expect(await db.query("select 1 from point_reconciliations")).toEqual([]);
-    const next = keep();
-    await next.kept;
-    expect(next.log).toMatchObject([{ counted: 1 }]);
+    expect(await keep()).toMatchObject([{ counted: 1 }]);
   });
 });
 
 describe("takeTurn()", () => {
+  const take = (intervalMs = 3_600_000) => takeTurn(db.database, { intervalMs });
+  const end = (turn = "", isFinished = true) => endTurn(db.database, turn, { isFinished });
+
   test("gives it to one of many, until it is finished and the interval is over", async () => {
-    const turns = await Promise.all(Array.from({ length: 8 }, () => takeTurn(db.database, HOUR)));
+    const turns = await Promise.all(Array.from({ length: 8 }, () => take()));
     const [turn = "", ...others] = turns.filter((one) => one !== undefined);
     expect([turn.length, others]).toEqual([36, []]);
     await keepTurn(db.database, turn);
-    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+    expect(await take()).toBeUndefined();
     // Nobody ends another one's.
-    await endTurn(db.database, crypto.randomUUID(), { isFinished: true });
-    expect(await takeTurn(db.database, { intervalMs: 0 })).toBeUndefined();
-    await endTurn(db.database, turn, { isFinished: true });
-    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
-    await until("the interval is over", () => takeTurn(db.database, { intervalMs: 1 }));
+    await end(crypto.randomUUID());
+    expect(await take(0)).toBeUndefined();
+    await end(turn);
+    expect(await take()).toBeUndefined();
+    await until("the interval is over", () => take(1));
   });
 
-  test("gives it again at once if it was given back unfinished", async () => {
-    const turn = (await takeTurn(db.database, HOUR)) ?? "";
-    await endTurn(db.database, turn, { isFinished: false });
-    expect(await takeTurn(db.database, HOUR)).toBeDefined();
-  });
-
-  test("gives it at once if totals were voided meanwhile: a scheduler counts them again if nobody else does", async () => {
-    for (const voidTotals of [
-      () => startGeneration(db.database, "UTC"),
-      () => resetDay(db.database, "2026-01-01", "UTC"),
-    ]) {
-      const turn = (await takeTurn(db.database, HOUR)) ?? "";
-      await endTurn(db.database, turn, { isFinished: true });
-      expect(await takeTurn(db.database, HOUR)).toBeUndefined();
-      await voidTotals();
-    }
-    expect(await takeTurn(db.database, HOUR)).toBeDefined();
+  test("gives it at once if it was given back unfinished, or if totals were voided since", async () => {
+    await end(await take(), false);
+    await end(await take());
+    expect(await take()).toBeUndefined();
+    await startGeneration(db.database, "UTC");
+    await end(await take());
+    await resetDay(db.database, "2026-01-01", "UTC");
+    expect(await take()).toBeDefined();
   });
 
   test("gives it to another one if nothing was heard of the holder for a minute, who then has no say", async () => {
-    const lapsed = (await takeTurn(db.database, HOUR)) ?? "";
+    const lapsed = (await take()) ?? "";
     const [left] = await db.query<{ seconds: number }>(
       "select timestampdiff(second, now(3), held_until) seconds from point_aggregation_turns",
     );
     expect(left?.seconds).toBeWithin(30, 61);
     await db.query("update point_aggregation_turns set held_until = now(3)");
-    expect(await takeTurn(db.database, HOUR)).toBeDefined();
+    expect(await take()).toBeDefined();
     await keepTurn(db.database, lapsed);
-    await endTurn(db.database, lapsed, { isFinished: false });
-    expect(await takeTurn(db.database, HOUR)).toBeUndefined();
+    await end(lapsed, false);
+    expect(await take()).toBeUndefined();
   });
 });
 

@@ -78,74 +78,34 @@ interface Turn {
 const answered = new Map<string, number>();
 let turns = 0;
 
-/** Sends reservations as fast as they are answered, with wrk if it is installed. Each answer must be a 201. */
-async function generate(turn: Turn): Promise<Load> {
+/** Sends reservations as fast as they are answered. Each answer must be a 201. */
+async function generate({ url, connections, seconds }: Turn): Promise<Load> {
   const prefix = `load${turns++}-`;
   // So far ahead that none is due meanwhile.
-  const dueAt = new Date(Date.now() + 86_400_000).toISOString();
-  const load = Bun.which("wrk") ? loadByWrk : loadByAutocannon;
-  const { requests, refused, seconds, p50Ms, p99Ms } = await load(turn, [prefix, dueAt]);
-  if (refused > 0) throw new Error(`${refused} of ${requests} requests were refused or broke: ${turn.url}`);
-  answered.set(turn.url, (answered.get(turn.url) ?? 0) + requests);
-  return { perS: requests / seconds, p50Ms, p99Ms };
-}
-
-const SCRIPT = `
-function init(args)
-  prefix, due, count = args[1], args[2], 0
-  headers = { ["content-type"] = "application/json" }
-end
-function request()
-  count = count + 1
-  return wrk.format("POST", "/point/reserve", headers, '{"user_id":"User' .. (count * 7919 % 100000) ..
-    '","point_amount":100,"execute_at":"' .. due .. '","idempotency_key":"' .. prefix .. count .. '"}')
-end
-function done(summary, latency)
-  local errors = summary.errors
-  io.write(string.format('FIGURES {"requests":%d,"us":%d,"refused":%d,"p50":%f,"p99":%f}\\n',
-    summary.requests, summary.duration, errors.status + errors.connect + errors.read + errors.write + errors.timeout,
-    latency:percentile(50), latency:percentile(99)))
-end
-`;
-
-async function loadByWrk({ url, connections, seconds }: Turn, words: string[]) {
-  const script = join(import.meta.dir, "../../node_modules/.bench.lua");
-  await Bun.write(script, SCRIPT);
-  const args = [`-t1`, `-c${connections}`, `-d${seconds}s`, "--timeout", "10s", "-s", script, url, "--"];
-  const child = Bun.spawn(["wrk", ...args, ...words], { stdout: "pipe", stderr: "inherit" });
-  const output = await child.stdout.text();
-  const figures = /FIGURES (.*)/.exec(output)?.[1];
-  if (!figures) throw new Error(`wrk said: ${output}`);
-  const {
-    requests = 0,
-    us = 0,
-    refused = 0,
-    p50 = 0,
-    p99 = 0,
-  } = JSON.parse(figures) as Record<string, number>;
-  return { requests, refused, seconds: us / 1e6, p50Ms: p50 / 1e3, p99Ms: p99 / 1e3 };
-}
-
-async function loadByAutocannon(turn: Turn, [prefix, dueAt]: string[]) {
+  const dueAt = new Date(Date.now() + 86_400_000);
   let count = 0;
-  const bodyOf = (n: number) => ({
-    user_id: `User${(n * 7919) % 100_000}`,
-    point_amount: 100,
-    execute_at: dueAt,
-    idempotency_key: `${prefix}${n}`,
-  });
+  function newBody(): string {
+    count++;
+    return JSON.stringify({
+      user_id: `User${(count * 7919) % 100_000}`,
+      point_amount: 100,
+      execute_at: dueAt,
+      idempotency_key: `${prefix}${count}`,
+    });
+  }
   const { requests, duration, non2xx, errors, latency } = await autocannon({
-    url: `${turn.url}/point/reserve`,
-    connections: turn.connections,
-    duration: turn.seconds,
+    url: `${url}/point/reserve`,
+    connections,
+    duration: seconds,
     requests: [
       {
         method: "POST",
         headers: { "content-type": "application/json" },
-        setupRequest: (request) => ({ ...request, body: JSON.stringify(bodyOf(++count)) }),
+        setupRequest: (request) => ({ ...request, body: newBody() }),
       },
     ],
   });
-  const refused = non2xx + errors;
-  return { requests: requests.total, refused, seconds: duration, p50Ms: latency.p50, p99Ms: latency.p99 };
+  if (non2xx || errors) throw new Error(`${non2xx} requests were refused, ${errors} broke: ${url}`);
+  answered.set(url, (answered.get(url) ?? 0) + requests.total);
+  return { perS: requests.total / duration, p50Ms: latency.p50, p99Ms: latency.p99 };
 }

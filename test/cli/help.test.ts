@@ -3,7 +3,7 @@ import { runCommand } from "../harness/command.ts";
 
 // What every command has in common.
 
-test.concurrent.each(["aggregate", "totals", "reconcile"])(
+test.concurrent.each(["aggregate", "totals", "reconcile", "migrate", "services", "dev", "demo"])(
   "%s --help says how it is used, and exits 0",
   async (name) => {
     const { code, stdout, stderr } = await runCommand(name, { args: ["--help"] });

@@ -152,6 +152,7 @@ export function findViolations(client: Client, tables: Tables): Violation[] {
   checkChanges(context);
   checkCampaigns(context);
   checkBalances(context);
+  if (!tables.agree) context.report("reservations, ledger and balances do not agree");
   return violations;
 }
 

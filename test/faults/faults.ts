@@ -10,14 +10,13 @@ import {
   keepReconciling,
   readTables,
   reconcileAll,
-  type Tables,
   type Violation,
 } from "./check.ts";
 import { type Client, openClient } from "./client.ts";
 import { KINDS, messageOf } from "./kinds.ts";
 import { kindOf, type Planned, planApart, planFaults } from "./plan.ts";
 import { randomOf } from "./random.ts";
-import { describeFirst, type Recovery, recoveryOf, type Struck } from "./report.ts";
+import { countKinds, describeFirst, figuresOf, type Recovery, recoveryOf, type Struck } from "./report.ts";
 import { PLANTS, sabotage } from "./sabotage.ts";
 import { openWorld, type World } from "./world.ts";
 
@@ -111,21 +110,9 @@ function findSlow({ byFault }: Recovery, leaseMs: number): Violation[] {
   });
 }
 
-function showKinds({ byFault }: Recovery, isApart: boolean): void {
-  const faults = Map.groupBy(byFault, ({ name }) => name);
-  console.table(
-    Array.from(faults, ([fault, all]) => {
-      const slowest = Math.max(...all.map(({ recoveredMs }) => recoveredMs));
-      return { fault, times: all.length, ...(isApart && { "slowest recovery, ms": slowest }) };
-    }),
-  );
-}
-
-async function runIn(world: World, options: Options): Promise<number> {
-  const { seconds, seed, only: kinds, apart: isApart, json } = options;
-  await installWitness(world.test);
-  const { LEASE_MS: leaseMs, SCAN_INTERVAL_MS: scanMs } = world.settings;
-  const plan = (isApart ? planApart : planFaults)(randomOf(seed), { seconds, kinds, leaseMs });
+/** Breaks everything for as long as planned while the client calls; then mends everything and waits for its last answers. */
+async function breakEverything(world: World, { seconds, seed, only: kinds, apart }: Options) {
+  const plan = (apart ? planApart : planFaults)(randomOf(seed), { seconds, kinds, ...world.settings });
   const folder = join(ROOT, ".services", "faults");
   mkdirSync(folder, { recursive: true });
   const historyFile = join(folder, `history-${seed}.jsonl`);
@@ -138,8 +125,6 @@ async function runIn(world: World, options: Options): Promise<number> {
     const { calls, tries } = client.counts;
     progress(`${client.reservations.length} reservations, ${calls} calls in ${tries} tries`);
   }, 10_000);
-  const over = new AbortController();
-  const reconciling = keepReconciling(world.test, { leaseMs, signal: over.signal });
   const calling = client.run({ untilMs, lastMs: LAST_ANSWERS_MS });
   const struck = await strikeAll(world, plan, client);
   await Bun.sleep(Math.max(0, untilMs - Date.now()));
@@ -147,45 +132,47 @@ async function runIn(world: World, options: Options): Promise<number> {
   await calling;
   clearInterval(ticking);
   await client.close();
+  return { client, struck, historyFile, seconds: Math.round(lastMs / 1_000) };
+}
+
+async function runIn(world: World, options: Options): Promise<number> {
+  const { test, settings, misdeeds } = world;
+  const { leaseMs, scanMs } = settings;
+  await installWitness(test);
+  const over = new AbortController();
+  const reconciling = keepReconciling(test, { leaseMs, signal: over.signal });
+  const { client, struck, historyFile, seconds } = await breakEverything(world, options);
 
   const violations = await untilAtRest(world, leaseMs + 2 * scanMs);
   violations.push(...(await sendStale(world, client)));
   over.abort();
-  const reconciled = await reconciling;
-  violations.push(...reconciled.violations, ...(await reconcileAll(world.test, { leaseMs })));
-  const tables = await readTables(world.test);
+  const { runs: reconciliations, violations: differences } = await reconciling;
+  violations.push(...differences, ...(await reconcileAll(test, { leaseMs })));
+  const tables = await readTables(test);
   violations.push(...findViolations(client, tables));
   for (const node of world.nodes) node.checkConfirmed();
-  violations.push(...world.misdeeds.map((what) => ({ what, names: [] })));
-  if (!tables.agree) violations.push({ what: "reservations, ledger and balances do not agree", names: [] });
-  const recovery = recoveryOf(tables, struck);
-  if (isApart) violations.push(...findSlow(recovery, leaseMs));
   const logs = world.logs();
   // The schedulers reconcile as well.
-  for (const { difference } of logs) {
-    if (difference) violations.push({ what: `a scheduler found: ${difference}`, names: [] });
-  }
+  const logged = logs.flatMap(({ difference }) => (difference ? [`a scheduler found: ${difference}`] : []));
+  violations.push(...[...misdeeds, ...logged].map((what) => ({ what, names: [] })));
+  const recovery = recoveryOf(tables, struck);
+  if (options.apart) violations.push(...findSlow(recovery, leaseMs));
 
-  showKinds(recovery, isApart);
-  const summary = summarize({ client, tables, logs });
+  const evidence = { tables, struck, historyFile, logs };
+  const { seed, json } = options;
   const figures = {
     seed,
-    seconds: Math.round(lastMs / 1_000),
-    faults: struck.length,
-    kinds: new Set(struck.map(({ name }) => name)).size,
-    ...summary,
-    reconciliations: reconciled.runs,
+    seconds,
+    ...figuresOf(evidence, client),
+    reconciliations,
     // Of the time between due and granted, only the part in which nothing was broken.
     slowest_recovery_ms: recovery.slowestMs,
     violations: violations.length,
   };
+  const kinds = countKinds(recovery, options.apart);
+  console.table(kinds);
   console.table([figures]);
-  if (json) {
-    const counts = kinds.map((name) => [name, struck.filter((one) => one.name === name).length]);
-    const all = { ...figures, settings: settingsGiven(), by_kind: Object.fromEntries(counts) };
-    await Bun.write(json, `${JSON.stringify(all)}\n`);
-  }
-  const evidence = { tables, struck, historyFile, logs };
+  if (json) await Bun.write(json, `${JSON.stringify({ ...figures, settings: settingsGiven(), kinds })}\n`);
   if (recovery.slowestMs > leaseMs + 2 * scanMs) {
     const what = `waited ${recovery.slowestMs} ms while nothing was broken`;
     console.log(await describeFirst([{ what, names: [recovery.slowestId ?? ""] }], evidence));
@@ -198,31 +185,18 @@ async function runIn(world: World, options: Options): Promise<number> {
   for (const [sort, all] of sorts) console.log(`${all.length} × ${sort}`);
   console.log(await describeFirst(violations, evidence));
   console.log(`VIOLATED: ${violations[0]?.what}`);
-  console.log(`Again: bun run faults --seed ${seed} --seconds ${seconds}; calls and answers: ${historyFile}`);
+  console.log(
+    `Again: bun run faults --seed ${seed} --seconds ${options.seconds}; calls and answers: ${historyFile}`,
+  );
   return 1;
-}
-
-function summarize(found: { client: Client; tables: Tables; logs: Record<string, unknown>[] }) {
-  const { client, tables, logs } = found;
-  const { calls, tries } = client.counts;
-  const isDeadlock = ({ error }: { error?: unknown }) => /DEADLOCK/.test(JSON.stringify(error ?? ""));
-  return {
-    reservations: tables.rows.length,
-    granted: tables.entries.filter(({ kind }) => kind === "grant").length,
-    cancelled: tables.rows.filter(({ status }) => status === "CANCELLED").length,
-    ledger_entries: tables.entries.length,
-    calls,
-    retries: tries - calls,
-    deadlocks: logs.filter(isDeadlock).length,
-  };
 }
 
 async function run(options: Options): Promise<number> {
   progress(`seed ${options.seed}; starting MySQL, RabbitMQ and 7 processes`);
   const world = await openWorld(settingsGiven());
-  let closing: Promise<unknown> | undefined;
+  let closing: Promise<void> | undefined;
   function close() {
-    closing ??= Promise.resolve(world[Symbol.asyncDispose]());
+    closing ??= world[Symbol.asyncDispose]();
     return closing;
   }
   for (const signal of ["SIGINT", "SIGTERM"] as const) {

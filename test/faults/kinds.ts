@@ -3,10 +3,12 @@ import { createConnection, type RowDataPacket } from "mysql2/promise";
 import { withDeadline } from "../../lib/loop.ts";
 import { decodeMessage, type ReservationMessage } from "../../lib/reservations/message.ts";
 import { until } from "../harness/harness.ts";
+import type { Entry } from "../harness/processes.ts";
 import type { Moment, TcpProxy } from "../harness/proxy.ts";
 import { HOT_USERS, type Reserved } from "./client.ts";
+import type { Node, WayOfRunning } from "./node.ts";
 import type { Random } from "./random.ts";
-import type { Entry, Node, WayOfRunning, World } from "./world.ts";
+import type { World } from "./world.ts";
 
 /** What a fault is given to strike with. */
 export interface Strike {

@@ -1,5 +1,6 @@
 import { readFile } from "node:fs/promises";
 import type { Tables, Violation } from "./check.ts";
+import type { Client } from "./client.ts";
 
 interface Period {
   /** Milliseconds since 1970. */
@@ -63,11 +64,6 @@ function brokenMsWithin(broken: readonly Period[], { startMs, endMs }: Period): 
   return overlaps.reduce((sum, ms) => sum + Math.max(0, ms), 0);
 }
 
-const MAX_LINES = 60;
-/** An error is logged with its stack. */
-const MAX_CHARACTERS = 2_000;
-const TIME = /\d{4}-\d\d-\d\dT[\d:.]+Z/g;
-
 /** What a report is made from. */
 export interface Evidence {
   tables: Tables;
@@ -75,6 +71,36 @@ export interface Evidence {
   historyFile: string;
   logs: readonly Record<string, unknown>[];
 }
+
+/** How often each kind of fault struck; and the slowest recovery from it, if the faults came one at a time. */
+export function countKinds({ byFault }: Recovery, isApart: boolean) {
+  const faults = Map.groupBy(byFault, ({ name }) => name);
+  return Array.from(faults, ([fault, all]) => {
+    const slowest = Math.max(...all.map(({ recoveredMs }) => recoveredMs));
+    return { fault, times: all.length, ...(isApart && { slowest_recovery_ms: slowest }) };
+  });
+}
+
+/** What happened, in figures. */
+export function figuresOf({ tables, struck, logs }: Evidence, { counts }: Client) {
+  const isDeadlock = ({ error }: { error?: unknown }) => /DEADLOCK/.test(JSON.stringify(error ?? ""));
+  return {
+    faults: struck.length,
+    kinds: new Set(struck.map(({ name }) => name)).size,
+    reservations: tables.rows.length,
+    granted: tables.entries.filter(({ kind }) => kind === "grant").length,
+    cancelled: tables.rows.filter(({ status }) => status === "CANCELLED").length,
+    ledger_entries: tables.entries.length,
+    calls: counts.calls,
+    retries: counts.tries - counts.calls,
+    deadlocks: logs.filter(isDeadlock).length,
+  };
+}
+
+const MAX_LINES = 60;
+/** An error is logged with its stack. */
+const MAX_CHARACTERS = 2_000;
+const TIME = /\d{4}-\d\d-\d\dT[\d:.]+Z/g;
 
 /** Gathers all that is known of the first violation: calls and answers, states, ledger, logs and the faults of that time. */
 export async function describeFirst(violations: readonly Violation[], evidence: Evidence): Promise<string> {

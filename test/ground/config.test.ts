@@ -104,14 +104,12 @@ describe("readConfig() refuses, in one line with variable, rule and value,", () 
     },
   );
 
-  test.each<[Name, string | undefined]>([
-    ["DATABASE_URL", undefined],
-    ["DATABASE_URL", ""],
-    ["AMQP_URL", undefined],
-  ])("%s if it is %p, as it has no default", (name, value) => {
-    expect(lineOf(name, value)).toMatch(
-      new RegExp(`^Cannot start as ${name} must be like \\S+: it is not set$`),
-    );
+  test.each(["DATABASE_URL", "AMQP_URL"] as const)("%s if it is not set, as it has no default", (name) => {
+    for (const value of [undefined, ""]) {
+      expect(lineOf(name, value)).toMatch(
+        new RegExp(`^Cannot start as ${name} must be like \\S+: it is not set$`),
+      );
+    }
   });
 });
 
@@ -137,17 +135,8 @@ describe("readConfig() never shows a password:", () => {
   });
 });
 
-test.each([
-  ["UTC", true],
-  ["Asia/Tokyo", true],
-  ["America/Argentina/Buenos_Aires", true],
-  ["Etc/GMT+5", true],
-  ["asia/tokyo", false],
-  ["Asia/Nowhere", false],
-  ["JST", false],
-  ["+09:00", false],
-  ["Asia/", false],
-  ["", false],
-])("isTimeZone(%p) is %p", (name, is) => {
-  expect(isTimeZone(name)).toBe(is);
+test("isTimeZone() takes the names of the IANA database, and no others that Intl knows", () => {
+  const names = ["UTC", "Asia/Tokyo", "America/Argentina/Buenos_Aires", "Etc/GMT+5"];
+  expect(names.filter(isTimeZone)).toEqual(names);
+  expect(["asia/tokyo", "Asia/Nowhere", "JST", "+09:00", "Asia/", ""].filter(isTimeZone)).toEqual([]);
 });

@@ -4,6 +4,7 @@ import fc from "fast-check";
 import { v7 as uuidv7 } from "uuid";
 import { LATEST_MS } from "../../lib/field.ts";
 import { encodeCursor, nextCursor, pageFields, pageOf } from "../../lib/page.ts";
+import { sentenceOf } from "../harness/refusal.ts";
 
 const { limit: limitField, cursor: cursorField } = pageFields;
 const ID = "01890a5d-ac96-774b-bcce-b302099a8057";
@@ -28,24 +29,21 @@ test.each<[unknown, string | undefined]>([
   [1.5, "limit must be an integer"],
   ["10", "limit must be an integer"],
 ])("pageFields.limit says of %p: %p", (value, sentence) => {
-  const parsed = limitField.parse(value, "limit");
-  expect("broken" in parsed ? parsed.broken.sentence : undefined).toBe(sentence as string);
+  expect(sentenceOf(limitField, value)).toBe(sentence as string);
   if (value !== undefined) expect(Value.Check(limitField.schema, value)).toBe(sentence === undefined);
 });
 
-describe("encodeCursor()", () => {
-  test("gives what pageFields.cursor reads back, without a character that a URL escapes", () => {
-    const first = { time: new Date(0), id: ID };
-    fc.assert(
-      fc.property(positions, (position) => {
-        const cursor = encodeCursor(position);
-        expect(cursorField.parse(cursor, "cursor")).toEqual({ value: position });
-        expect(Value.Check(cursorField.schema, cursor)).toBe(true);
-        expect(encodeURIComponent(cursor)).toBe(cursor);
-      }),
-      { examples: [[first], [{ ...first, time: new Date(LATEST_MS) }]] },
-    );
-  });
+test("encodeCursor() gives what pageFields.cursor reads back, without a character that a URL escapes", () => {
+  const first = { time: new Date(0), id: ID };
+  fc.assert(
+    fc.property(positions, (position) => {
+      const cursor = encodeCursor(position);
+      expect(cursorField.parse(cursor, "cursor")).toEqual({ value: position });
+      expect(Value.Check(cursorField.schema, cursor)).toBe(true);
+      expect(encodeURIComponent(cursor)).toBe(cursor);
+    }),
+    { examples: [[first], [{ ...first, time: new Date(LATEST_MS) }]] },
+  );
 });
 
 describe("pageFields.cursor", () => {
@@ -56,19 +54,14 @@ describe("pageFields.cursor", () => {
   test.each<[string, unknown]>([
     ["null", null],
     ["an array of a cursor", [encodeCursor(POSITION)]],
-    ["an empty text", ""],
-    ["a page's number", "2"],
     ["a bare id", cursorOf(ID)],
-    ["a bare time", cursorOf("1866469140000")],
     ["a position that is not encoded", `1866469140000.${ID}`],
     ["a negative time", cursorOf(`-1.${ID}`)],
     ["a time with a fraction", cursorOf(`1.5.${ID}`)],
     ["a time after the last one", cursorOf(`${LATEST_MS + 1}.${ID}`)],
     ["a time of 16 digits", cursorOf(`1866469140000000.${ID}`)],
-    ["an exponent", cursorOf(`1e3.${ID}`)],
     ["an id that is not a UUID", cursorOf(`1866469140000.${"x".repeat(36)}`)],
     ["an id that is too long", cursorOf(`1866469140000.${ID}0`)],
-    ["a line end after the id", cursorOf(`1866469140000.${ID}\n`)],
     ["a quote", cursorOf(`1866469140000.' or 1=1 or id > '${ID.slice(22)}`)],
     ["bytes beyond ASCII", cursorOf(`1866469140000.${"\xff".repeat(36)}`)],
     ["padding", `${encodeCursor(POSITION)}=`],

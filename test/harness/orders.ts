@@ -39,13 +39,18 @@ export async function inOrder<A, B>(
 ): Promise<[A, B]> {
   const held = openHeld(db, heldAt);
   const ofFirst = first(held.database);
-  const tooEarly = ofFirst.then(() => Promise.reject(new Error(`It ended without ${heldAt}`)));
-  await Promise.race([held.reached, tooEarly]);
+  await orItsEnd(held.reached, ofFirst, `The first one ended without ${heldAt}`);
   const ofSecond = second(db.database);
   try {
-    await (waitsAt === undefined ? ofSecond : untilRunning(db, waitsAt));
+    if (waitsAt === undefined) await ofSecond;
+    else await orItsEnd(untilRunning(db, waitsAt), ofSecond, `The second one did not wait at ${waitsAt}`);
   } finally {
     held.commit();
   }
   return Promise.all([ofFirst, ofSecond]);
+}
+
+/** Waits for what must come before some work has ended. */
+function orItsEnd(awaited: Promise<void>, work: Promise<unknown>, message: string): Promise<void> {
+  return Promise.race([awaited, work.then(() => Promise.reject(new Error(message)))]);
 }

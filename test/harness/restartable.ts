@@ -21,29 +21,20 @@ export interface Restartable extends AsyncDisposable {
   databaseUrl: string;
   amqpUrl: string;
   servers: [mysql: KillableServer, rabbitmq: KillableServer];
-  restarts: { name: string; restart: () => Promise<void> }[];
 }
 
 /**
- * Servers that may be killed: those of DATABASE_URL and AMQP_URL where START_SERVICES is a command that starts what does
- * not run of them, else a private pair.
+ * Servers that may be killed: those of DATABASE_URL and AMQP_URL if START_SERVICES is a command that starts what does not
+ * run of them, else a private pair.
  */
 export async function openRestartable(): Promise<Restartable> {
   const command = Bun.env.START_SERVICES;
-  const opened = command ? openGiven(command) : await openPrivate();
-  const restarts = opened.servers.map(({ name, kill, start }) => ({
-    name,
-    async restart() {
-      await kill();
-      await start();
-    },
-  }));
-  return { ...opened, restarts };
+  return command ? openGiven(command) : openPrivate();
 }
 
 const START_MS = 120_000;
 
-function openGiven(command: string): Omit<Restartable, "restarts"> {
+function openGiven(command: string): Restartable {
   // The command may start both: never twice at once.
   let starting: Promise<void> = Promise.resolve();
   async function startNow(url: string) {
@@ -75,7 +66,7 @@ function openGiven(command: string): Omit<Restartable, "restarts"> {
   };
 }
 
-async function openPrivate(): Promise<Omit<Restartable, "restarts">> {
+async function openPrivate(): Promise<Restartable> {
   const folder = await mkdtemp(join(tmpdir(), "pointservice-faults-"));
   const { mysql, rabbitmq, stop } = await startPrivateServers({ folder, say: () => {} });
   const serverOf = (name: KillableServer["name"], server: typeof mysql): KillableServer => ({

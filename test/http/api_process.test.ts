@@ -5,7 +5,7 @@ import { openTestDatabase } from "../harness/database.ts";
 import { uniqueName, until } from "../harness/harness.ts";
 import { type RunningService, startService } from "../harness/processes.ts";
 import { startProxy } from "../harness/proxy.ts";
-import { bodyOf, post } from "./client.ts";
+import { bodyOf, expectProblem, post } from "./client.ts";
 
 const db = await openTestDatabase();
 const shared = await startService("api", { DATABASE_URL: db.url });
@@ -89,9 +89,8 @@ describe("api.ts starts", () => {
           expect(await (await fetch(url + path)).json()).toEqual({ messages: ["ok"] });
         }
         for (const response of [await fetch(`${url}/ready`), await reserve()]) {
-          expect(response.status).toBe(503);
-          expect(response.headers.get("content-type")).toBe("application/problem+json");
           expect(response.headers.get("retry-after")).toBe("1");
+          await expectProblem(response, 503, ["not ready"]);
         }
         await proxy.serve();
         await until("it is ready", async () => (await fetch(`${url}/ready`)).status === 200);

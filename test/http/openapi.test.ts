@@ -397,6 +397,11 @@ describe("the description", () => {
     expect(operations.map(({ title }) => title).toSorted()).toEqual(routes.toSorted());
   });
 
+  test("shows what comes as CSV too", () => {
+    const asCsv = operations.filter(({ answers }) => answers.some(({ type }) => type === "text/csv"));
+    expect(asCsv.map(({ title }) => title)).toEqual(["GET /point/totals"]);
+  });
+
   test("names the parameters of each route", () => {
     const named = operations
       .map(({ title, parameters }) => [title, parameters.map((one) => `${one.in} ${one.name}`)] as const)

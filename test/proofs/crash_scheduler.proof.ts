@@ -3,7 +3,6 @@ import { command, killAt, openProxies, relay } from "../harness/fault_points.ts"
 import { insertReservations, reservationOf } from "../harness/fixtures.ts";
 import { until } from "../harness/harness.ts";
 import { countStatuses, expectAllDoneOnce, openPipeline, untilDone } from "../harness/pipeline.ts";
-import type { Moment } from "../harness/proxy.ts";
 
 setDefaultTimeout(60_000);
 

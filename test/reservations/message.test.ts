@@ -78,16 +78,13 @@ describe("decodeMessage()", () => {
 
   test.each<[string, unknown]>([
     ["null", null],
-    ["a string", PLAIN.reservation_id],
     ["an empty object", {}],
     ["an empty array", []],
-    ["an array in an array", [[PLAIN]]],
     ["an array with one wrong item", [PLAIN, { ...PLAIN, user_id: 1 }]],
     ["no reservation_id", { ...PLAIN, reservation_id: undefined }],
     ["a reservation_id that is a number", { ...PLAIN, reservation_id: 1 }],
     ["a reservation_id that is too long", { ...PLAIN, reservation_id: `${PLAIN.reservation_id}0` }],
     ["a point_amount with a fraction", { ...PLAIN, point_amount: 1.5 }],
-    ["a point_amount that is a string", { ...PLAIN, point_amount: "100" }],
     ["no idempotency_key", { ...PLAIN, idempotency_key: null }],
     ["one more than the most", Array(MAX_MESSAGE_RESERVATIONS + 1).fill(PLAIN)],
   ])("refuses the wrong shape: %s", (_, value) => {
@@ -96,14 +93,13 @@ describe("decodeMessage()", () => {
     );
   });
 
-  test.each(["", "1", "x".repeat(36), "' or 1=1 --"])(
-    "refuses the id %p, which is not a UUID",
-    (reservation_id) => {
+  test("refuses an id that is not a UUID", () => {
+    for (const reservation_id of ["", "1", "x".repeat(36), "' or 1=1 --"]) {
       expect(messageOf(bytes([PLAIN, { ...PLAIN, reservation_id }]))).toBe(
         "Cannot read the message as it must carry UUIDs: reservation_id of item 1 is not one",
       );
-    },
-  );
+    }
+  });
 
   test("refuses more than 1 MiB, and reads exactly 1 MiB", () => {
     const mebibyte = 1024 * 1024;
@@ -127,16 +123,19 @@ describe("decodeMessage()", () => {
   });
 });
 
-describe("decodeHint()", () => {
-  test("reads what encodeHint() writes, to the millisecond", () => {
-    const time = new Date("2029-02-22T13:59:00.123Z");
-    expect(decodeHint(encodeHint(time))).toEqual(time);
-  });
-
-  test.each([
-    ...["", "null", "[]", "{}", "{", '{"execute_at":1}', '{"execute_at":"2029-02-30T00:00:00Z"}'],
-    `{"execute_at":"2029-02-22T13:59:00Z"}${" ".repeat(100)}`,
-  ])("reads nothing from %j", (text) => {
-    expect(decodeHint(Buffer.from(text))).toBeUndefined();
-  });
+test("decodeHint() reads what encodeHint() writes, to the millisecond, and nothing else", () => {
+  const time = new Date("2029-02-22T13:59:00.123Z");
+  expect(decodeHint(encodeHint(time))).toEqual(time);
+  const long = `{"execute_at":"2029-02-22T13:59:00Z"}${" ".repeat(100)}`;
+  const others = [
+    "",
+    "null",
+    "[]",
+    "{}",
+    "{",
+    '{"execute_at":1}',
+    '{"execute_at":"2029-02-30T00:00:00Z"}',
+    long,
+  ];
+  expect(others.filter((text) => decodeHint(Buffer.from(text)))).toEqual([]);
 });

@@ -10,7 +10,7 @@ import {
   parseReservationId,
   statusField,
 } from "../../lib/reservations/reservation.ts";
-import { refusalOf, sentencesOf } from "../harness/refusal.ts";
+import { refusalOf, sentenceOf, sentencesOf } from "../harness/refusal.ts";
 
 const VALID = { user_id: "TestUser01", point_amount: 100, execute_at: "2029-02-22T22:59:00+09:00" };
 
@@ -88,39 +88,36 @@ describe("newReservationPatch()", () => {
   });
 });
 
-describe("parseReservationId()", () => {
+test("parseReservationId() reads a UUID in lower case, as ids are stored, and refuses all else", () => {
   const id = "01890a5d-ac96-774b-bcce-b302099a8057";
-
-  test.each([id, id.toUpperCase()])("reads %s in lower case, as ids are stored", (value) => {
-    expect(parseReservationId(value)).toBe(id);
-  });
-
-  test.each([
-    ...["", "1", id.slice(1), `${id}0`, `{${id}}`, `${id}\n`, id.replaceAll("-", ""), `g${id.slice(1)}`],
-  ])("refuses %p", (value) => {
+  expect([parseReservationId(id), parseReservationId(id.toUpperCase())]).toEqual([id, id]);
+  const wrong = [
+    "",
+    "1",
+    id.slice(1),
+    `${id}0`,
+    `{${id}}`,
+    `${id}\n`,
+    id.replaceAll("-", ""),
+    `g${id.slice(1)}`,
+  ];
+  for (const value of wrong) {
     expect(sentencesOf(() => parseReservationId(value))).toEqual(["reservation id is invalid format"]);
-  });
+  }
 });
 
-describe("campaignField", () => {
-  test.each(["a", "-", "summer_2029-B", "c".repeat(64)])("takes %p", (value) => {
+test("parseCampaign() takes 1 to 64 of A-Z, a-z, 0-9, _ and -, and so does the schema of campaignField", () => {
+  for (const value of ["a", "-", "summer_2029-B", "c".repeat(64)]) {
     expect(parseCampaign(value)).toBe(value);
     expect(Value.Check(campaignField.schema, value)).toBe(true);
-  });
-
-  test.each<[unknown]>([[""], ["c".repeat(65)], ["a b"], ["a\n"], ["é"], [1], [null]])(
-    "refuses %p",
-    (value) => {
-      expect(sentencesOf(() => parseCampaign(value))).toEqual(["campaign is invalid format"]);
-      expect(Value.Check(campaignField.schema, value)).toBe(false);
-    },
-  );
+  }
+  for (const value of ["", "c".repeat(65), "a b", "a\n", "é", 1, null]) {
+    expect(sentencesOf(() => parseCampaign(value))).toEqual(["campaign is invalid format"]);
+    expect(Value.Check(campaignField.schema, value)).toBe(false);
+  }
 });
 
 test("statusField takes the five states and no other", () => {
-  const outcomes = ["PENDING", "PROCESSING", "DONE", "FAILED", "CANCELLED", "OPEN", "done", 1].map((value) =>
-    statusField.parse(value, "status"),
-  );
-  const broken = outcomes.filter((outcome) => "broken" in outcome).map((outcome) => outcome.broken.sentence);
-  expect(broken).toEqual(Array(3).fill("status must be PENDING, PROCESSING, DONE, FAILED or CANCELLED"));
+  const values = ["PENDING", "PROCESSING", "DONE", "FAILED", "CANCELLED", "OPEN", "done", 1];
+  expect(values.filter((value) => sentenceOf(statusField, value))).toEqual(["OPEN", "done", 1]);
 });

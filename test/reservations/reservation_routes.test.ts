@@ -136,11 +136,11 @@ describe("POST /point/campaigns/:campaign/cancel", () => {
   }
 
   test("stops after 20 s, tells how many are open, and sent again cancels the rest", async () => {
-    const reservations = Array.from({ length: 1_500 }, () => reservationOf({ campaign: "slow" }));
+    const reservations = Array.from({ length: 2_500 }, () => reservationOf({ campaign: "slow" }));
     await insertReservations(db, { reservations });
     const clock = spyOn(performance, "now").mockReturnValue(1_000);
-    // One piece of work finds the first 1,000, the next one cancels them.
-    const times = [20_999, 21_000];
+    // Each piece of work finds 1,000 or cancels them: after the second one there is still time, after the fourth there is none.
+    const times = [1_000, 20_999, 20_999, 21_000];
     const slow = appOn({
       ...db.database,
       async run(work, options) {
@@ -150,9 +150,9 @@ describe("POST /point/campaigns/:campaign/cancel", () => {
       },
     });
     const response = await cancel("slow", slow).finally(() => clock.mockRestore());
-    const counts = { campaign: "slow", cancelled: 1_000, granted: 0, failed: 0, open: 500 };
+    const counts = { campaign: "slow", cancelled: 2_000, granted: 0, failed: 0, open: 500 };
     expect([response.status, await response.json()]).toEqual([200, counts]);
-    expect(await (await cancel("slow")).json()).toEqual({ ...counts, cancelled: 1_500, open: 0 });
+    expect(await (await cancel("slow")).json()).toEqual({ ...counts, cancelled: 2_500, open: 0 });
   });
 
   test("is 404 for a campaign whose name differs in case", async () => {

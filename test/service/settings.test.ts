@@ -1,8 +1,10 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { join } from "node:path";
+import type { Connection, Database } from "../../lib/database.ts";
 import { freePorts } from "../../lib/dev/servers.ts";
+import { checkDatabase } from "../../sql/migrate.ts";
 import { insertReservation, insertReservations, reservationOf } from "../harness/fixtures.ts";
-import { until } from "../harness/harness.ts";
+import { errorOf, until } from "../harness/harness.ts";
 import { countStatuses, openPipeline, publishReservations, untilDone } from "../harness/pipeline.ts";
 import { temporaryFolder } from "../harness/temporary_folder.ts";
 
@@ -99,6 +101,27 @@ test("worker.ts grants WORKER_BATCH reservations in one transaction, and gives o
   expect(
     await pipeline.test.query("select last_error from point_reservations where attempts > 0"),
   ).toMatchObject([{ last_error: expect.stringContaining("Gave up after 1 attempts") }]);
+});
+
+test("ALLOW_LOSSY_DATABASE lets a process run on a MySQL whose settings may lose commits", async () => {
+  await using pipeline = await openPipeline();
+  const { database } = pipeline.test;
+  // The settings of the shared server are not ours to change.
+  const settings = { flush: 2, log_bin: 0, sync: 0 };
+  const lossy: Database = {
+    ...database,
+    run: (work, options) =>
+      database.run((connection) => {
+        const select: Connection["select"] = (sql, values) =>
+          sql.includes("check_durability")
+            ? Promise.resolve([settings as never])
+            : connection.select(sql, values);
+        return work({ ...connection, select });
+      }, options),
+  };
+  const error = await errorOf(checkDatabase(lossy, { ALLOW_LOSSY_DATABASE: false }));
+  expect(error.message).toContain("innodb_flush_log_at_trx_commit must be 1: it is 2");
+  await checkDatabase(lossy, { ALLOW_LOSSY_DATABASE: true });
 });
 
 test.each(["development", "production"])(
