@@ -1,4 +1,4 @@
-// The API takes reservations over HTTP and answers what became of them. Each route is one section of a file in `lib/`.
+// The API takes reservations over HTTP and shows their state. Each route is one section of a file in `lib/`.
 
 import { openapi } from "@elysiajs/openapi";
 import { Elysia, NotFoundError } from "elysia";
@@ -23,11 +23,11 @@ import { version } from "./package.json" with { type: "json" };
 
 const ABOUT = `Grants points at a promised time: once, not twice, not early, not lost.
 
-Errors are application/problem+json (RFC 9457); \`errors\` has one sentence per broken rule, all of them at once. After a 503, or
-if no answer comes, send the same request again: with an idempotency key it has no second effect. The reservation ids of the
-examples stand for reservations of your own, in the state that the example's name says.`;
+Errors are application/problem+json (RFC 9457); \`errors\` has one sentence for each broken rule. After a 503, or if no answer
+arrives, send the same request again: with an idempotency key it has no second effect. Replace the reservation ids of the examples
+with ids of your own reservations, in the state that the name of the example gives.`;
 
-/** How long MySQL may take for a statement, in milliseconds: clients have less patience than a worker. */
+/** How long to wait for a connection and for the work on it, in milliseconds: clients wait less long than a worker. */
 const DATABASE = { acquireMs: 3_000, workMs: 5_000 };
 /** How long open requests may take after a signal, in milliseconds. */
 const STOP_MS = 5_000;
@@ -35,18 +35,18 @@ const STOP_MS = 5_000;
 export interface AppOptions {
   database: Database;
   logger: Logger;
-  /** Called when a committed reservation is due at a time, so that the schedulers do not sleep past it. */
+  /** Called with the time at which a committed reservation is due, so that the schedulers do not sleep past it. */
   hint?: (executeAt: Date) => void;
 }
 
 /** The HTTP interface; `app.handle(request)` answers without a port. */
 export function createApp({ database, logger, hint = () => {} }: AppOptions) {
   const routes: { method: string; path: string }[] = [];
-  // Without this setting, a host of three characters is taken for a part of the path.
+  // Without this setting, Elysia takes a host of three characters for a part of the path.
   const app = new Elysia({ handler: { standardHostname: false } })
-    // Before the routes: a handler that is registered after them does not fire.
+    // Before the routes: a handler that is registered after them is not called.
     .onError({ as: "global" }, ({ error, request }) =>
-      // Not by `code`, which Elysia takes from any error that has one, e.g. a DomainError.
+      // Not by `code`: Elysia copies it from any error that has one, e.g. a DomainError.
       answerError(error instanceof NotFoundError ? noRoute(request, routes) : error, logger),
     )
     .use(openapi({ documentation: { info: { title: "pointservice", version, description: ABOUT } } }))
@@ -73,7 +73,7 @@ if (import.meta.main) {
     settings: [],
     database: DATABASE,
     serve(service) {
-      // RabbitMQ is only for hints: without it, the schedulers find every reservation at their next scan.
+      // The API uses RabbitMQ only for hints. Without it, the schedulers find every reservation at their next scan.
       const queue = service.openQueue({
         connected: "connected to RabbitMQ",
         disconnected: "cannot wake schedulers",

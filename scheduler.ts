@@ -1,5 +1,5 @@
-// The scheduler finds the reservations that are due, claims them for the length of a lease, and publishes them for the workers.
-// Beside that it keeps the accounts: daily totals and reconciliation.
+// The scheduler claims due reservations under a lease, and publishes them for the workers. In parallel it does the
+// accounting: daily totals and reconciliation.
 
 import type { Logger } from "pino";
 import { keepAccounts } from "./lib/accounting/keep.ts";
@@ -14,17 +14,17 @@ import { decodeHint, encodeMessage } from "./lib/reservations/message.ts";
 import { type Metrics, serveHealth } from "./lib/service/health.ts";
 import { runService } from "./lib/service/run_service.ts";
 
-/** The sleep before the next look at a queue that is deep, in milliseconds. */
+/** The sleep before the next look at a queue that is full, in milliseconds. */
 const BACK_PRESSURE_MS = 200;
-/** The shortest sleep, in milliseconds: due rows that another scheduler or a worker holds must not cause a hot loop. */
+/** The shortest sleep, in milliseconds: due rows that another scheduler or a worker has locked must not cause a hot loop. */
 const MIN_SLEEP_MS = 20;
-/** How long to gather reservations that are due at once, before one scan takes all of them, in milliseconds. */
+/** How long to wait after a hint of a reservation that is due at once, in milliseconds: one scan then claims several. */
 const HINT_MS = 5;
-/** The longest time for the work in hand after a signal, in milliseconds. */
+/** The longest time for the work in progress after a signal, in milliseconds. */
 const STOP_MS = 5_000;
-/** Waits after failures of the accounting, in milliseconds: what only an operator can fix need not be tried every second. */
+/** Waits after failures of the accounting, in milliseconds: if only an operator can fix the cause, frequent retries are useless. */
 const ACCOUNTING_RETRY = { baseMs: 10_000, maxMs: 300_000 };
-/** One for a page of rows, one to keep the turn meanwhile: the scans have a pool of their own. */
+/** One for a page of rows, one to renew the turn meanwhile. The scans have a separate pool. */
 const ACCOUNTING_CONNECTIONS = 2;
 
 export interface ScanOptions {
@@ -45,8 +45,8 @@ export interface Scanned {
 }
 
 /**
- * Scans once: claims what is due, and publishes it. Rows whose message was not confirmed stay as they are, since it may have
- * arrived: they are claimed again when their lease ends.
+ * Scans once: claims due reservations, and publishes them. If a message is not confirmed, its rows stay PROCESSING, since the
+ * message may have arrived: they are claimed again when their lease ends.
  *
  * @throws {QueueError} if RabbitMQ accepts no messages, before anything is claimed
  * @throws {DatabaseError}
@@ -82,7 +82,7 @@ function chunk(claimed: readonly ClaimedReservation[], size: number): ClaimedRes
   );
 }
 
-/** The results of the last reconciliation and aggregation, whichever process ran them. */
+/** The results of the last reconciliation and aggregation of any process. */
 async function readMetrics(database: Database): Promise<Metrics> {
   const { differences, reconciledAt, aggregatedAt } = await findAccountingState(database);
   const secondsOf = (time: Date | null) => (time ? time.getTime() / 1_000 : undefined);
@@ -110,7 +110,7 @@ if (import.meta.main) {
     async main({ config, logger, signal, database, openDatabase, openQueue }) {
       const connected = Promise.withResolvers<void>();
       const alarm = openAlarm();
-      // From `performance.now()` to the database's clock, whose times the hints name.
+      // From `performance.now()` to the database's clock: hints contain times of that clock.
       let clockOffsetMs = 0;
       const queue = openQueue({
         connected: "connected to RabbitMQ",
@@ -125,7 +125,7 @@ if (import.meta.main) {
       await Promise.race([connected.promise, aborted(signal)]);
 
       async function scan(): Promise<number> {
-        // Reservations of earlier hints are in the tables by now; this scan may not see those of later ones.
+        // This scan sees the reservations of earlier hints, which are committed; it may miss those of later hints.
         alarm.clear();
         const { sleepMs, nowMs } = await scanAndPublish({ database, queue, logger, config });
         if (nowMs !== undefined) clockOffsetMs = nowMs - performance.now();

@@ -1,5 +1,5 @@
-// The worker takes messages from the queue and grants the reservations that they name: DONE, ledger entry and balance in one
-// transaction, for all messages that have arrived. Only then are the messages acknowledged.
+// The worker takes messages from the queue and grants their reservations. One transaction writes DONE, ledger entry and balance
+// for all messages that have arrived. Only after its COMMIT are the messages acknowledged.
 
 import type { Logger } from "pino";
 import { coalesce } from "./lib/coalesce.ts";
@@ -23,24 +23,24 @@ import { serveHealth } from "./lib/service/health.ts";
 import { runService } from "./lib/service/run_service.ts";
 import { pingDatabase, waitForDatabase } from "./lib/service/wait_for_database.ts";
 
-/** Transactions at once: while one waits for the disk, the other computes. Two grant 1.06 × as much as one on two cores. */
+/** Concurrent transactions: while one waits for the disk, the other computes. Two grant 1.06 × as much as one on two cores. */
 const WORKER_TRANSACTIONS = 2;
-/** The most messages in hand: with one reservation per message, more would wait for their lease if this worker hangs. */
+/** The maximum prefetch: if this worker hangs, these messages wait until their lease ends. */
 const MAX_PREFETCH = 10_000;
-/** Waits between the attempts of a reservation that fails for a reason of its own: 1 to 2 s, 2 to 4 s … up to 1 h. */
+/** Waits between the attempts of a reservation, in milliseconds: 1 to 2 s, 2 to 4 s … up to 1 h. Outages are not attempts. */
 const RETRY = { baseMs: 2_000, maxMs: 3_600_000 };
-/** The longest time for the messages in hand after a signal, in milliseconds; the rest goes back to the queue. */
+/** The longest time to finish delivered messages after a signal, in milliseconds; the rest goes back to the queue. */
 const STOP_MS = 4_000;
-/** The longest time to grant one batch one by one, in milliseconds; the rest is claimed again when its lease ends. */
+/** The longest time to grant the reservations of a batch one by one, in milliseconds; the rest is claimed again when its lease ends. */
 const ONE_BY_ONE_MS = 20_000;
 
 /**
- * What became of a reservation that a message named:
+ * The outcome for a reservation in a message:
  * - `granted`: its points are in the balance
  * - `over`: it was DONE, FAILED or CANCELLED before
- * - `not_due`: it is not claimed, or its time has not come; the scheduler publishes it in time
- * - `failed`: refused for good, or to be retried; the row has the reason
- * - `busy`: somebody holds a lock that it needs; it is claimed again when its lease ends, and no attempt is counted
+ * - `not_due`: it is not claimed, or not due yet; the scheduler publishes it in time
+ * - `failed`: it is FAILED, or will be retried; the row has the reason
+ * - `busy`: another transaction holds a lock that it needs; it is claimed again when its lease ends, and no attempt is counted
  * - `unknown`: there is no such row
  */
 type Verdict = "granted" | "over" | "not_due" | "failed" | "busy" | "unknown";
@@ -52,9 +52,9 @@ export interface GrantOptions {
 }
 
 /**
- * Grants what some messages name, all in one transaction, and returns what becomes of each message, in their order.
+ * Grants the reservations of some messages in one transaction, and returns the outcome of each message, in order.
  *
- * @throws {DatabaseError} if MySQL is away: no message may be acknowledged then
+ * @throws {DatabaseError} if MySQL is unavailable: then no message may be acknowledged
  */
 export async function processMessages(
   messages: readonly ReservationMessage[][],
@@ -80,7 +80,7 @@ export async function processMessages(
 
 interface Granted {
   verdicts: Map<string, Verdict>;
-  /** The longest time from `execute_at` to the grant, in milliseconds; not known of grants one by one. */
+  /** The longest time from `execute_at` to the grant, in milliseconds; unknown after grants one by one. */
   maxLateMs?: number;
 }
 
@@ -89,7 +89,7 @@ async function grant(ids: readonly string[], options: GrantOptions): Promise<Gra
     return await options.database.transaction((transaction) => grantTogether(transaction, ids));
   } catch (error) {
     if (!(error instanceof DatabaseError) || error.isOutage) throw error;
-    // One row is at fault, or locked: one by one, all others are granted.
+    // One row is invalid, or locked: one by one, all others are granted.
     options.logger.warn({ error: describeError(error), count: ids.length }, "granting one by one");
     return { verdicts: await grantOneByOne(ids, options) };
   }
@@ -111,13 +111,13 @@ async function grantTogether(transaction: Transaction, ids: readonly string[]): 
   for (const id of ids) if (!verdicts.has(id)) verdicts.set(id, "unknown");
   if (dueIds.length > 0) {
     await markDone(transaction, dueIds);
-    // Last: from here to the COMMIT, everyone else who changes the same balances waits for their locks.
+    // Last: until the COMMIT, all other changes of the same balances wait for these locks.
     await addPointsIdempotent(transaction, entries);
   }
   return { verdicts, maxLateMs };
 }
 
-/** The row decides, not the message: only what is claimed and due is granted. */
+/** The row decides, not the message: only a reservation that is claimed and due is granted. */
 function refuse(row: LockedReservation): Verdict | undefined {
   if (row.status === "PROCESSING") return row.isDue ? undefined : "not_due";
   return row.status === "PENDING" ? "not_due" : "over";
@@ -136,7 +136,7 @@ function isEntryOf(
 
 async function grantOneByOne(ids: readonly string[], options: GrantOptions): Promise<Map<string, Verdict>> {
   const verdicts = new Map<string, Verdict>();
-  // Users whose balance was found locked: nobody waits for the same lock twice.
+  // Users whose balance is locked: the worker does not wait for the same lock twice.
   const lockedUsers = new Set<string>();
   const end = performance.now() + ONE_BY_ONE_MS;
   for (const id of ids) {
@@ -172,7 +172,7 @@ async function grantAlone(id: string, lockedUsers: Set<string>, options: GrantOp
   }
 }
 
-/** Counts an attempt. That takes a write to MySQL, so no outage of MySQL can end a reservation. */
+/** Counts an attempt. This needs a write to MySQL, so an outage of MySQL cannot end a reservation. */
 async function recordFailure(id: string, error: DatabaseError, options: GrantOptions): Promise<Verdict> {
   const { database, logger, maxAttempts } = options;
   return database.transaction<Verdict>(async (transaction) => {
@@ -206,7 +206,7 @@ async function fail(
   return "failed";
 }
 
-/** Decodes a message; logs the reason if it cannot be read. */
+/** Decodes a message; logs the reason if it is unreadable. */
 function readMessage(content: Buffer, logger: Logger): ReservationMessage[] | undefined {
   try {
     return decodeMessage(content);
@@ -217,8 +217,8 @@ function readMessage(content: Buffer, logger: Logger): ReservationMessage[] | un
 }
 
 /**
- * The messages that a worker holds at once: enough for its transactions, and for the next ones meanwhile. If it hangs, they
- * wait for their lease.
+ * The number of messages that a worker holds: enough for its concurrent transactions, and for the next ones. If the worker
+ * hangs, they wait until their lease ends.
  */
 export function prefetchOf({
   WORKER_BATCH,
@@ -237,7 +237,7 @@ if (import.meta.main) {
       const grantCoalesced = coalesce(
         (messages: ReservationMessage[][]) =>
           processMessages(messages, { database, logger, maxAttempts: config.MAX_ATTEMPTS }),
-        // The prefetch limits what waits.
+        // The prefetch limits how many messages wait.
         {
           maxBatch: config.WORKER_BATCH,
           maxCalls: WORKER_TRANSACTIONS,

@@ -1,25 +1,25 @@
 import { ExpectedError } from "./errors.ts";
 
 export interface CoalesceOptions<T> {
-  /** The most that one call carries: items, or the sum of their weights. A single item may weigh more. */
+  /** The largest batch of one call: items, or the sum of their weights. A single item may weigh more. */
   maxBatch: number;
-  /** The most that wait for a call, without a limit by default; more are refused with `OverloadError`. */
+  /** The maximum number (or weight) of waiting items, by default unlimited; more are refused with `OverloadError`. */
   maxWaiting?: number;
-  /** The longest wait for a call, in milliseconds; an item that has waited longer is refused with `OverloadError`. */
+  /** The longest wait of an item, in milliseconds, by default unlimited; after it the item is refused with `OverloadError`. */
   maxWaitMs?: number;
   /** The weight of an item, by default 1. */
   weight?: (item: T) => number;
-  /** The most calls at once, by default 1. */
+  /** The maximum number of concurrent calls, by default 1. */
   maxCalls?: number;
 }
 
-/** A limit on work in hand or waiting is reached; nothing was done with the item. */
+/** A limit on running or waiting work is reached; the item was not processed. */
 export class OverloadError extends ExpectedError {
   override readonly name = "OverloadError";
 }
 
 /**
- * Makes a function that runs work, at most `max` pieces at once; more are refused with `OverloadError`.
+ * Makes a function that runs at most `max` pieces of work at once; more are refused with `OverloadError`.
  *
  * @param what names the work, e.g. `bulks`
  */
@@ -37,10 +37,10 @@ export function limitConcurrency(max: number, what: string): <T>(work: () => Pro
 }
 
 /**
- * Gathers items while a call is under way, and hands them over together in the next call: one at a time when it is quiet, in
- * large batches under load. Items keep their order.
+ * Collects items while a call is running, and passes them together to the next call: single items at low load, large batches
+ * at high load. Items keep their order.
  *
- * @param call gets at least one item and returns one result for each, in the same order. An error rejects every item of the call.
+ * @param call gets at least one item and returns one result for each, in the same order; an error rejects all items of the call
  */
 export function coalesce<T, R>(
   call: (items: T[]) => Promise<R[]>,
@@ -72,7 +72,9 @@ export function coalesce<T, R>(
       try {
         const results = await call(batch.map(({ item }) => item));
         if (results.length !== batch.length) {
-          throw new Error(`Cannot share out ${results.length} results to ${batch.length} items`);
+          throw new Error(
+            `A call must return one result per item: received ${results.length} for ${batch.length}`,
+          );
         }
         for (const [index, result] of results.entries()) batch[index]?.resolve(result);
       } catch (error) {
@@ -82,13 +84,13 @@ export function coalesce<T, R>(
     calls--;
   }
 
-  /** Refuses from the front: those items have waited longest. */
+  /** Refuses items from the front: these have waited longest. */
   function refuseExpired() {
     const latest = performance.now() - maxWaitMs;
     const alive = waiting.findIndex(({ since }) => since >= latest);
     for (const { item, reject } of waiting.splice(0, alive < 0 ? waiting.length : alive)) {
       waitingWeight -= weight(item);
-      reject(new OverloadError(`Cannot be handed over within ${maxWaitMs} ms`));
+      reject(new OverloadError(`Cannot process an item that has waited for more than ${maxWaitMs} ms`));
     }
   }
 

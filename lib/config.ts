@@ -8,10 +8,10 @@ function whole(description: string, { range, preset }: { range: [number, number]
 }
 
 function port(process: string, preset: number) {
-  return whole(`port of ${process}; 0 takes a free one`, { range: [0, 65_535], preset });
+  return whole(`port of ${process}; 0 chooses a free one`, { range: [0, 65_535], preset });
 }
 
-/** Every setting: the variable, its rule, its default. The README has the same table in more words. */
+/** Every setting: the variable, its rule, its default. The README describes them in a table. */
 export const Settings = Type.Object({
   DATABASE_URL: Type.String({
     pattern: "^(mysql|mariadb)://[^/]+/[^/?]+",
@@ -27,33 +27,39 @@ export const Settings = Type.Object({
   PORT: port("the API", 1323),
   SCHEDULER_PORT: port("the scheduler's health checks", 1324),
   WORKER_PORT: port("the worker's health checks", 1325),
-  // Writes go in few, large batches: only single reads and changes need more connections, and beyond this they only queue
-  // inside MySQL.
-  DATABASE_CONNECTIONS: whole("most connections to MySQL of one process", { range: [1, 1_000], preset: 10 }),
+  // Writes are few, large batches. Only single reads and changes need more connections; with more than this they would only
+  // wait inside MySQL.
+  DATABASE_CONNECTIONS: whole("maximum number of connections to MySQL of one process", {
+    range: [1, 1_000],
+    preset: 10,
+  }),
   SCAN_INTERVAL_MS: whole("longest sleep between two scans", { range: [10, 3_600_000], preset: 10_000 }),
-  // 2,000 hold their locks for some 40 ms; a larger claim delays cancels, a smaller one pays for more round trips.
-  SCAN_BATCH: whole("most reservations of one claim", { range: [1, 10_000], preset: 2_000 }),
+  // A claim of 2,000 holds its locks for about 40 ms. A larger one delays cancels; a smaller one needs more round trips.
+  SCAN_BATCH: whole("maximum number of reservations in one claim", { range: [1, 10_000], preset: 2_000 }),
   // As short as the ordinary waits allow: 5 s for RabbitMQ's confirms, and 22,000 reservations ahead in the queue at 2,500
-  // grants/s. A shorter lease would publish again what a slow database has yet to grant, and slow it down further.
-  LEASE_MS: whole("how long a claim holds before its rows are claimed again", {
+  // grants/s. With a shorter lease, a slow database would get the same reservations again, and become even slower.
+  LEASE_MS: whole("how long a claim holds; then its rows are claimed again", {
     range: [1_000, 86_400_000],
     preset: 15_000,
   }),
-  // As large as a worker's batch: with 500, four workers on two cores took half batches and granted 0.81 × of what one
-  // did, with 1,000 0.94 × (`bun run bench --part scale`).
-  PUBLISH_CHUNK: whole("most reservations in one message; the same for schedulers and workers", {
+  // As large as a worker's batch: with 500, four workers on two cores took half batches and granted 0.81 × as much as one;
+  // with 1,000 they granted 0.94 × (`bun run bench --part scale`).
+  PUBLISH_CHUNK: whole("maximum number of reservations in one message; the same for schedulers and workers", {
     range: [1, 1_000],
     preset: 1_000,
   }),
-  // A second or two of grants at hand; a reservation behind them can still be cancelled before a worker has it.
+  // One or two seconds of grants. The rest of a backlog stays in MySQL, where it can still be cancelled.
   QUEUED_RESERVATIONS: whole(
-    "nothing is claimed while the queue holds this many, each message counted as PUBLISH_CHUNK",
+    "nothing is claimed while the queue holds this many; each message counts as PUBLISH_CHUNK",
     { range: [1, 1_000_000], preset: 20_000 },
   ),
-  // 1,000 grants keep MySQL busy for some 0.1 s: for that long, everyone else who needs the same balances waits.
-  WORKER_BATCH: whole("most reservations granted in one transaction", { range: [1, 5_000], preset: 1_000 }),
+  // 1,000 grants take MySQL about 0.1 s. For that time, all other changes of the same balances wait.
+  WORKER_BATCH: whole("maximum number of reservations granted in one transaction", {
+    range: [1, 5_000],
+    preset: 1_000,
+  }),
   MAX_ATTEMPTS: whole("failed attempts after which a reservation is FAILED", { range: [1, 100], preset: 10 }),
-  // An hour's entries are counted within seconds; only the figures of the current day need it more often.
+  // The entries of an hour are counted within seconds. Shorten it only if totals of the current day must be newer.
   AGGREGATE_INTERVAL_MS: whole("how often the schedulers aggregate and reconcile; 0: never", {
     range: [0, 86_400_000],
     preset: 3_600_000,
@@ -83,7 +89,7 @@ export function readSettings<Name extends keyof Settings>(names: readonly Name[]
 }
 
 /**
- * Reads the settings that a process needs. An empty variable counts as not set.
+ * Reads the settings that a process needs. An empty variable counts as unset.
  *
  * @throws {DomainError} INVALID_SETTING, one line with the variable, the rule and the value, never with a password
  */
@@ -128,7 +134,7 @@ function findFault(name: keyof Settings, value: unknown, text: string | undefine
   return isRight ? undefined : `${rule}: received ${received}`;
 }
 
-/** Whether the drivers can read it, user and password included. */
+/** Whether the drivers can parse it, including user and password. */
 function isUrl(text: string): boolean {
   try {
     const { username, password } = new URL(text);
@@ -162,10 +168,10 @@ function ruleOf(name: keyof Settings): string {
   return RULES[name] ?? `text that matches ${schema.pattern}`;
 }
 
-/** Whether it is the name of a time zone in the spelling of the IANA database, e.g. `Asia/Tokyo`. */
+/** Whether it is the name of a time zone, spelled as in the IANA database, e.g. `Asia/Tokyo`. */
 export function isTimeZone(name: string): boolean {
   if (name === "UTC") return true;
-  // `Intl` alone would also take offsets, abbreviations and names in the wrong case.
+  // `Intl` alone would also accept offsets, abbreviations and names in the wrong case.
   if (!/^[A-Z][A-Za-z_]+(\/[A-Za-z0-9_+-]+)+$/.test(name)) return false;
   try {
     return new Intl.DateTimeFormat("en", { timeZone: name }).resolvedOptions().timeZone !== undefined;

@@ -9,29 +9,29 @@ import {
 import { DatabaseError, databaseErrorOf } from "./database_errors.ts";
 import { backoffMs, sleep, withDeadline } from "./loop.ts";
 
-/** One connection, checked out for one piece of work. Every statement begins with its name: a comment in snake_case. */
+/** A connection that is reserved for one piece of work. Every statement begins with its name: a comment in snake_case. */
 export interface Connection {
   /** For ordinary statements. `name` is the statement's name. */
   drizzle(name: string): MySql2Database;
-  /** For the bulk statements of the hot path, which mysql2 builds ten times faster than Drizzle. */
+  /** For the bulk statements of the hot path: mysql2 builds them ten times faster than Drizzle. */
   execute(sql: string, values?: unknown[]): Promise<ResultSetHeader>;
   select<Row extends object>(sql: string, values?: unknown[]): Promise<Row[]>;
 }
 
-/** A connection between BEGIN and COMMIT. Only `Database.transaction()` makes one. */
+/** A connection between BEGIN and COMMIT. Only `Database.transaction()` creates one. */
 export interface Transaction extends Connection {
   readonly isTransaction: true;
 }
 
-/** MySQL behind a bounded pool. Every error of MySQL leaves it as a `DatabaseError`. */
+/** A bounded pool of connections to MySQL. It converts every error of MySQL to a `DatabaseError`. */
 export interface Database {
   /**
-   * Runs `work` on one connection; each statement commits by itself. Runs it again after a deadlock or a lost connection.
+   * Runs `work` on one connection; each statement commits by itself. After a deadlock or a lost connection it runs again.
    */
   run<T>(work: (connection: Connection) => Promise<T>, options?: WorkOptions): Promise<T>;
   /**
-   * Runs `work` between BEGIN and COMMIT at READ COMMITTED. Any error rolls all of it back. After a deadlock or a lost
-   * connection the whole transaction runs again, so `work` must be safe to run twice.
+   * Runs `work` between BEGIN and COMMIT at READ COMMITTED. Any error rolls it back. After a deadlock or a lost connection
+   * the whole transaction runs again, so `work` must be safe to run twice.
    */
   transaction<T>(work: (transaction: Transaction) => Promise<T>, options?: WorkOptions): Promise<T>;
   close(): Promise<void>;
@@ -43,7 +43,7 @@ export interface WorkOptions {
 }
 
 export interface DatabaseOptions {
-  /** The most connections at once. */
+  /** The maximum number of connections. */
   connections?: number;
   /** How long to wait for a connection, and then for the work on it, in milliseconds. */
   acquireMs?: number;
@@ -52,13 +52,13 @@ export interface DatabaseOptions {
   onRetry?: (error: DatabaseError, attempt: number) => void;
 }
 
-/** How often a piece of work is tried before the caller gets its deadlock or lost connection. */
+/** How often work is tried before the caller gets the deadlock or the lost connection. */
 const MAX_TRIES = 5;
-/** The most that wait for a connection; more are refused, since the wait would be longer than a client's patience. */
+/** The maximum number of callers that wait for a connection; more are refused, since their clients would time out. */
 const MAX_WAITING = 1_000;
 const CLOSE_MS = 2_000;
 
-/** Opens the pool; connects only when the first work comes. */
+/** Opens the pool. It connects when the first work needs a connection. */
 export function openDatabase(
   url: string,
   { connections = 10, acquireMs = 5_000, workMs: usualWorkMs = 20_000, onRetry }: DatabaseOptions = {},
@@ -68,10 +68,10 @@ export function openDatabase(
     connectionLimit: connections,
     queueLimit: MAX_WAITING,
     connectTimeout: acquireMs,
-    // A peer that vanished silently is noticed before somebody waits for it.
+    // So that a dead peer is noticed before a caller waits for it.
     enableKeepAlive: true,
     keepAliveInitialDelay: 10_000,
-    // Before the server ends them.
+    // Idle connections are closed before the server ends them (`wait_timeout`).
     maxIdle: 1,
     idleTimeout: 10_000,
     timezone: "Z",
@@ -104,7 +104,7 @@ export function openDatabase(
       connection.release();
       return result;
     } catch (error) {
-      // Whatever state the session is in, the next user must not inherit it.
+      // The next user must not inherit the state of this session.
       connection.destroy();
       throw error;
     }
@@ -145,17 +145,17 @@ export function openDatabase(
   };
 }
 
-// The server's defaults are somebody else's choice: what the statements rely on is set on every connection.
+// The statements rely on these settings. Every connection sets them, whatever the server's defaults are.
 const SESSION = [
-  // wait_timeout: a process that hangs, or whose machine is gone, in the middle of a transaction keeps its locks for that
-  // long and not for the server's 8 hours; what it had claimed comes again no sooner.
+  // wait_timeout: if a process hangs in the middle of a transaction, or its machine dies, its locks are held for this long and
+  // not for the server's 8 hours. The default lease is as long: the rows that it has claimed are not claimed again earlier.
   `set time_zone = '+00:00', autocommit = 1, innodb_lock_wait_timeout = 5, wait_timeout = 15,
     sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'
     /*M! , in_predicate_conversion_threshold = 0 */`,
   "set session transaction isolation level read committed",
 ];
 
-/** The connections whose session is set. */
+/** The connections whose session settings are done. */
 const sessions = new WeakMap<PoolConnection, Connection>();
 
 async function sessionOf(pooled: PoolConnection): Promise<Connection> {
@@ -173,7 +173,7 @@ async function sessionOf(pooled: PoolConnection): Promise<Connection> {
   return connection;
 }
 
-/** Drizzle has no place for a statement's name: one instance per name puts it in front of what it has built. */
+/** Drizzle cannot name a statement: one instance per name puts the name in front of the SQL. */
 function namedDrizzle(client: ReturnType<PoolConnection["promise"]>): Connection["drizzle"] {
   const instances = new Map<string, MySql2Database>();
   return (name) => {
@@ -188,7 +188,7 @@ function namedDrizzle(client: ReturnType<PoolConnection["promise"]>): Connection
 }
 
 /**
- * Refuses a server whose settings lose commits in a crash: a 201 would be a promise that nobody keeps.
+ * Refuses a server whose settings lose commits in a crash: the service could not keep the promise of a 201.
  *
  * @throws {DatabaseError} kind `other`, with the setting, the rule and the value
  */

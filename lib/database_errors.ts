@@ -1,12 +1,12 @@
 import { ExpectedError } from "./errors.ts";
 
 /**
- * What a failed statement means to the caller:
+ * The meaning of a failed statement for the caller:
  * - `lost`: the connection broke; the same work may succeed if it is tried again
- * - `deadlock`, `lock_timeout`: somebody else held a lock
- * - `unavailable`: MySQL is away, full, read-only or refuses us; no row is at fault
- * - `duplicate`, `out_of_range`: some row is at fault
- * - `other`: none of these
+ * - `deadlock`, `lock_timeout`: another transaction held a lock
+ * - `unavailable`: MySQL is down, full, read-only or refuses the connection; no row is invalid
+ * - `duplicate`, `out_of_range`: a row is invalid
+ * - `other`: any other error
  */
 export type DatabaseErrorKind =
   | "lost"
@@ -17,7 +17,7 @@ export type DatabaseErrorKind =
   | "out_of_range"
   | "other";
 
-/** MySQL, or the way to it, failed. Holds no SQL and no parameters: safe to log, not meant for clients. */
+/** MySQL, or the connection to it, failed. The message has no SQL and no parameters: safe to log, not meant for clients. */
 export class DatabaseError extends ExpectedError {
   override readonly name = "DatabaseError";
 
@@ -28,12 +28,12 @@ export class DatabaseError extends ExpectedError {
     super(message);
   }
 
-  /** True if only time, or an operator, can fix it. */
+  /** True if only time or an operator can fix it. */
   get isOutage(): boolean {
     return this.kind === "lost" || this.kind === "unavailable";
   }
 
-  /** True if somebody else's lock was in the way. */
+  /** True if another transaction held a lock. */
   get isContended(): boolean {
     return this.kind === "deadlock" || this.kind === "lock_timeout";
   }
@@ -53,7 +53,7 @@ const UNAVAILABLE = new Set([
   ...[1037, 1038, 1041, 1135, 1206], // out of memory, no thread, lock table full
   ...[1040, 1203, 1226, 1129, 1130], // too many connections, host blocked or unknown
   ...ACCESS_DENIED,
-  ...[1142, 1143, 1146, 1227], // a privilege or a table is gone
+  ...[1142, 1143, 1146, 1227], // a privilege or a table is missing
   ...[1047, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 3168, 3169], // cluster not ready, shutdown, connection lost
   ...[1180, 1317, 1969, 3024], // commit failed, interrupted, statement too long
   ...[1290, 1792, 1836, 3100], // read-only, or a group replication that refuses
@@ -65,9 +65,9 @@ const CONNECTION_LOST = /^(PROTOCOL_CONNECTION_LOST|ECONNRESET|EPIPE|ERR_STREAM_
 
 const DRIVER_CODE = /^(ER_|WARN_|UNKNOWN_CODE|PROTOCOL_|HANDSHAKE_|AUTH_|ERR_STREAM_|E[A-Z0-9]+$)/;
 
-/** Turns what Drizzle or mysql2 threw into a `DatabaseError`; returns anything else as it is. */
+/** Converts an error of Drizzle or mysql2 to a `DatabaseError`; returns any other error unchanged. */
 export function databaseErrorOf(thrown: unknown): unknown {
-  // Drizzle's own message holds every parameter: only the driver's error beneath it counts.
+  // Drizzle's own message contains every parameter: use only its cause, the driver's error.
   let driver = thrown;
   while (driver instanceof Error && driver.cause instanceof Error) driver = driver.cause;
   if (!(driver instanceof Error) || driver instanceof DatabaseError) return driver;
@@ -80,7 +80,7 @@ export function databaseErrorOf(thrown: unknown): unknown {
       : new DatabaseError("other", "A statement failed before it reached MySQL");
   }
   const kind = kindOf(code, Number(errno));
-  // A server's sentence may quote a value, but not if the server, or the way to it, is at fault.
+  // The server's message may quote a value, but not if the server or the connection fails.
   const text = kind === "unavailable" ? `: ${message}` : "";
   const hint = ACCESS_DENIED.has(Number(errno)) ? ". Is DATABASE_URL right?" : "";
   return new DatabaseError(kind, `MySQL failed with ${code}${text}${hint}`);
@@ -92,6 +92,6 @@ function kindOf(code: string, errno: number): DatabaseErrorKind {
   if (errno === LOCK_WAIT_TIMEOUT) return "lock_timeout";
   if (errno === 1062) return "duplicate";
   if (OUT_OF_RANGE.has(errno)) return "out_of_range";
-  // Errors of the socket and of the handshake have no number of the server's.
+  // Errors of the socket and of the handshake have no server error number.
   return UNAVAILABLE.has(errno) || !(errno >= 1_000) ? "unavailable" : "other";
 }

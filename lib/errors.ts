@@ -1,4 +1,4 @@
-/** An error whose message says all that there is to say: a log shows it without its stack. */
+/** An error whose message is sufficient: a log shows it without its stack. */
 export class ExpectedError extends Error {
   override readonly name: string = "ExpectedError";
 }
@@ -15,11 +15,11 @@ export type DomainErrorCode =
   | "TIME_ZONE"
   | "CANNOT_LISTEN";
 
-/** One broken rule: the sentence that clients know, and an explanation with the rule and the value. */
+/** One broken rule: the sentence for clients, and an explanation with the rule and the value. */
 export interface BrokenRule {
   /** Stable sentence, safe to compare with, e.g. `user id is invalid format`. */
   sentence: string;
-  /** What, which rule and which value, e.g. `user_id must be 1 to 20 of A-Z, a-z and 0-9: received "x y"`. */
+  /** The field, the rule and the value, e.g. `user_id must be 1 to 20 of A-Z, a-z and 0-9: received "x y"`. */
   explanation: string;
 }
 
@@ -43,7 +43,7 @@ const MAX_SHOWN = 60;
 /** A value as an error message shows it: as JSON, cut to 60 characters so that no input can flood a log. */
 export function showValue(value: unknown): string {
   if (value === undefined) return "nothing";
-  // Never as JSON: one that is nested deeply enough would take minutes.
+  // Never as JSON: for a deeply nested array this would take minutes.
   if (Array.isArray(value)) return `an array of ${value.length}`;
   if (typeof value === "object" && value !== null) return "an object";
   const isCut = typeof value === "string" && value.length > MAX_SHOWN;
@@ -51,7 +51,7 @@ export function showValue(value: unknown): string {
   return isCut || text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text;
 }
 
-/** The most broken rules that one error explains. */
+/** The maximum number of broken rules that one error explains. */
 const MAX_EXPLAINED = 20;
 
 /** A DomainError in one line: its message, and the first 20 broken rules with their values. */
@@ -67,10 +67,10 @@ export function notFound(sentence: string, explanation: string): DomainError {
   return new DomainError("NOT_FOUND", "Not found", [{ sentence, explanation }]);
 }
 
-/** The rule that an idempotency key must always come with the same content. */
+/** The rule that requests with the same idempotency key must have the same content. */
 export const KEY_CONFLICT: BrokenRule = {
   sentence: "idempotency key is used with other content",
-  explanation: "one key must always come with the same content; nothing was done",
+  explanation: "requests with the same key must have the same content; nothing was changed",
 };
 
 /** The error for an idempotency key that was used with other content. */
@@ -82,7 +82,7 @@ export function keyConflict(broken: readonly BrokenRule[] = [KEY_CONFLICT]): Dom
   );
 }
 
-/** An error as a log may show it: without its stack if the message says everything. */
+/** An error in the form for a log: without its stack if the message is sufficient. */
 export function describeError(error: unknown): Record<string, unknown> {
   if (error instanceof ExpectedError) return { name: error.name, message: error.message };
   if (error instanceof Error) return { name: error.name, message: error.message, stack: error.stack };

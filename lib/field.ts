@@ -2,10 +2,10 @@ import { type Static, type TObject, type TOptional, type TSchema, Type } from "@
 import { TypeCompiler } from "@sinclair/typebox/compiler";
 import { type BrokenRule, DomainError, showValue } from "./errors.ts";
 
-/** What became of a value from outside: the typed value, or the rule that it breaks. */
+/** The result of parsing a value from outside: the typed value, or the rule that it breaks. */
 export type Parsed<T> = { value: T } | { broken: BrokenRule };
 
-/** One value that comes from outside: the schema that OpenAPI shows, and the parser that checks and converts it. */
+/** A value from outside: the schema for OpenAPI, and the parser that checks and converts the value. */
 export interface Field<T = unknown, Schema extends TSchema = TSchema> {
   schema: Schema;
   /** `place` names the value in an explanation, e.g. `user_id`. */
@@ -18,12 +18,12 @@ export type Fields = Record<string, Field>;
 /** The typed values of some fields, by name. */
 export type Values<F extends Fields> = { [Name in keyof F]: F[Name] extends Field<infer T> ? T : never };
 
-/** A field whose rule is its schema: the sentence that clients are told, and the rule in words, e.g. `1 to 20 of A-Z`. */
+/** A field whose rule is its schema. `sentence` is for clients; `must` is the rule in words, e.g. `1 to 20 of A-Z`. */
 export function field<Schema extends TSchema>(
   schema: Schema,
   rule: { sentence: string; must: string },
 ): Field<Static<Schema>, Schema>;
-/** A field with a parser of its own. */
+/** A field with its own parser. */
 export function field<Schema extends TSchema, T>(
   schema: Schema,
   rule: Pick<Field<T>, "parse">,
@@ -44,12 +44,12 @@ export function field(
   };
 }
 
-/** Makes the outcome of a parser that refuses a value. */
+/** Makes the result of a parser that refuses a value. */
 export function broken(sentence: string, explanation: string): { broken: BrokenRule } {
   return { broken: { sentence, explanation } };
 }
 
-/** The same field, which may be left out. */
+/** The same field, but optional. */
 export function optional<T, Schema extends TSchema>({
   schema,
   parse,
@@ -69,9 +69,9 @@ export function described<T, Schema extends TSchema>(
 }
 
 /**
- * A field that holds an amount, with one sentence each for a value that is no integer, too small or too large.
+ * A field for an amount, with one sentence each for a value that is not an integer, too small or too large.
  *
- * @param name what clients call it, e.g. `point amount`
+ * @param name the name in sentences, e.g. `point amount`
  */
 export function amountField<Schema extends TSchema & { minimum?: number; maximum?: number }>(
   schema: Schema,
@@ -96,7 +96,7 @@ export function amountField<Schema extends TSchema & { minimum?: number; maximum
   });
 }
 
-/** The schema of an object that has these fields and no others. */
+/** The schema of an object with these fields and no others. */
 export function objectSchema<F extends Fields>(
   fields: F,
   options: { minProperties?: number } = {},
@@ -108,10 +108,10 @@ export function objectSchema<F extends Fields>(
   });
 }
 
-/** The most unknown fields that are named. */
+/** The maximum number of unknown fields that are named. */
 const MAX_UNKNOWN = 10;
 
-/** Parses an object: all of its values, or all rules that it breaks, unknown fields last. */
+/** Parses an object. Returns its values, or all rules that it breaks, with unknown fields last. */
 export function checkFields<F extends Fields>(
   fields: F,
   input: unknown,
@@ -142,7 +142,7 @@ export function checkFields<F extends Fields>(
  * Parses an object.
  *
  * @param options.what names the object in the message, e.g. `reservation`
- * @param options.more broken rules that something else has found
+ * @param options.more broken rules that were found elsewhere
  * @throws {DomainError} INVALID_INPUT, with every broken rule
  */
 export function parseFields<F extends Fields>(
@@ -178,7 +178,7 @@ export function invalidInput(what: string, brokenRules: readonly BrokenRule[]): 
   return new DomainError("INVALID_INPUT", `The ${what} breaks a rule`, brokenRules);
 }
 
-// Whole seconds and an offset are required: a time without a zone would be read in the host's.
+// Seconds and an offset are required: a time without an offset would be read in the time zone of the host.
 const RFC_3339 =
   /^(?<date>\d{4}-\d\d-\d\d)[Tt](?<time>\d\d:\d\d:\d\d)(?:\.(?<fraction>\d{1,3}))?(?:[Zz]|(?<sign>[+-])(?<hours>[01]\d|2[0-3]):(?<minutes>[0-5]\d))$/;
 const EARLIEST_MS = Date.UTC(1970, 0, 1);
@@ -190,7 +190,7 @@ export const timeField = field(
   Type.String({
     format: "date-time",
     description:
-      "RFC 3339 with seconds and offset, at most milliseconds, from 1970 to 9999 in UTC; in a query, + is written %2B",
+      "RFC 3339 with seconds, offset and at most 3 decimals, from 1970 to 9999 in UTC; in a query, write + as %2B",
     examples: ["2029-02-22T22:59:00+09:00"],
   }),
   { parse: parseTime },
@@ -202,12 +202,12 @@ function parseTime(value: unknown, place: string): Parsed<Date> {
   if (!parts) {
     return broken(
       `${name} must be an RFC 3339 time with seconds and offset`,
-      `${place} must look like 2029-02-22T22:59:00+09:00, with at most milliseconds: received ${showValue(value)}`,
+      `${place} must look like 2029-02-22T22:59:00+09:00, with at most 3 decimals: received ${showValue(value)}`,
     );
   }
   const { date, time, fraction = "0", sign, hours, minutes } = parts;
   const local = new Date(`${date}T${time}.${fraction.padEnd(3, "0")}Z`);
-  // February 30, 24:00 and second 60 are invalid, or come back as another time.
+  // February 30, 24:00 and second 60 are invalid, or are converted to another time.
   if (Number.isNaN(local.getTime()) || !local.toISOString().startsWith(`${date}T${time}.`)) {
     return broken(
       `${name} must be a date that exists`,
@@ -225,7 +225,7 @@ function parseTime(value: unknown, place: string): Parsed<Date> {
   return { value: new Date(ms) };
 }
 
-/** The name that a client gives a request, so that sending it again has no second effect. */
+/** The client's key for a request, so that sending it again has no second effect. */
 export const idempotencyKeyField = field(
   Type.String({
     pattern: "^[A-Za-z0-9_-]{1,100}$",
@@ -236,7 +236,7 @@ export const idempotencyKeyField = field(
   { sentence: "idempotency key is invalid format", must: "1 to 100 of A-Z, a-z, 0-9, _ and -" },
 );
 
-/** The rules that the header `Idempotency-Key` breaks; it counts as much as the body's field `idempotency_key`. */
+/** The rules that the header `Idempotency-Key` breaks. It is equivalent to the body's field `idempotency_key`. */
 export function headerKeyRules(headerKey: string | undefined, input: unknown): BrokenRule[] {
   const bodyKey = (input as { idempotency_key?: unknown } | null | undefined)?.idempotency_key;
   if (headerKey === undefined || headerKey === bodyKey) return [];
@@ -245,7 +245,7 @@ export function headerKeyRules(headerKey: string | undefined, input: unknown): B
   if (bodyKey !== undefined) {
     rules.push({
       sentence: "idempotency key differs between header and body",
-      explanation: `the header Idempotency-Key and the field idempotency_key must be the same if both are given: received ${showValue(headerKey)} and ${showValue(bodyKey)}`,
+      explanation: `the header Idempotency-Key and the field idempotency_key must be equal if both are given: received ${showValue(headerKey)} and ${showValue(bodyKey)}`,
     });
   }
   return rules;

@@ -1,6 +1,6 @@
 import { setTimeout as wait } from "node:timers/promises";
 
-/** Waits, at most until `signal` is aborted; never throws. */
+/** Waits, but not longer than until `signal` is aborted; never throws. */
 export async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
   await wait(ms, undefined, signal ? { signal } : {}).catch(() => undefined);
 }
@@ -12,15 +12,15 @@ export function aborted(signal: AbortSignal): Promise<void> {
 }
 
 /**
- * The wait after a failed attempt: doubles from `baseMs` up to `maxMs`, minus a random part of up to half, so that those that
- * failed together do not come back together.
+ * The wait after a failed attempt: doubles from `baseMs` up to `maxMs`, minus a random part of up to half, so that callers that
+ * failed together do not retry together.
  */
 export function backoffMs(attempt: number, { baseMs, maxMs }: { baseMs: number; maxMs: number }): number {
   const full = Math.min(maxMs, baseMs * 2 ** Math.min(attempt - 1, 30));
   return Math.round(full / 2 + (Math.random() * full) / 2);
 }
 
-/** Settles as `promise` does, or rejects with `late()` after `ms`; the work behind the promise is not stopped. */
+/** Settles as `promise` does, or rejects with `late()` after `ms`. Does not stop the work of the promise. */
 export async function withDeadline<T>(promise: Promise<T>, ms: number, late: () => Error): Promise<T> {
   const { promise: expired, reject } = Promise.withResolvers<never>();
   const timer = setTimeout(() => reject(late()), ms);
@@ -31,17 +31,17 @@ export async function withDeadline<T>(promise: Promise<T>, ms: number, late: () 
   }
 }
 
-/** A sleep that can be cut short, also before it begins. */
+/** A sleep that can be shortened, even before it begins. */
 export interface Alarm {
-  /** Ends the current or the next sleep at the latest `ms` from now. */
+  /** Ends the current or the next sleep within `ms` from now. */
   wakeIn(ms: number): void;
-  /** Forgets all earlier calls of `wakeIn()`. */
+  /** Cancels all earlier calls of `wakeIn()`. */
   clear(): void;
   /** Sleeps `ms`, or until the alarm or `signal` ends it. */
   sleep(ms: number, signal: AbortSignal): Promise<void>;
 }
 
-/** Makes an alarm that is not set. */
+/** Opens an alarm that is not set. */
 export function openAlarm(): Alarm {
   let wakeAtMs = Infinity;
   let wake = () => {};
@@ -60,7 +60,7 @@ export function openAlarm(): Alarm {
       for (;;) {
         const leftMs = Math.min(endMs, wakeAtMs) - performance.now();
         if (leftMs <= 0 || signal.aborted) return;
-        // An earlier time ends this sleep and begins a shorter one.
+        // An earlier `wakeAtMs` ends this sleep, and the loop begins a shorter one.
         const woken = new AbortController();
         wake = () => woken.abort();
         signal.addEventListener("abort", wake, { once: true });
@@ -74,7 +74,7 @@ export function openAlarm(): Alarm {
 /** How to retry, and what to do after a failure. */
 export interface RetryOptions {
   signal: AbortSignal;
-  /** Called after each failure; throws the error if retrying is of no use. */
+  /** Called after each failure. Throws the error to stop the retries. */
   onFailure: (error: unknown, retryInMs: number) => void;
   baseMs?: number;
   maxMs?: number;
@@ -100,7 +100,7 @@ export async function retry<T>(attempt: () => Promise<T>, options: RetryOptions)
 }
 
 /**
- * Repeats a step until `signal` is aborted; a step under way is finished. The step returns how many milliseconds to sleep
+ * Repeats a step until `signal` is aborted; the current step is finished. The step returns how many milliseconds to sleep
  * before the next one. A step that throws is retried with backoff.
  *
  * @param options.alarm sleeps between the steps

@@ -3,7 +3,7 @@ import { validate as validateUuid } from "uuid";
 import { showValue } from "./errors.ts";
 import { amountField, broken, field, LATEST_MS, optional, type Parsed } from "./field.ts";
 
-/** The most entries of one page. */
+/** The maximum number of entries in one page. */
 const MAX_LIMIT = 1_000;
 const DEFAULT_LIMIT = 100;
 
@@ -29,7 +29,7 @@ export const pageFields = {
         minimum: 1,
         maximum: MAX_LIMIT,
         default: DEFAULT_LIMIT,
-        description: "the most entries of one page",
+        description: "maximum number of entries in one page",
       }),
       "limit",
     ),
@@ -38,7 +38,7 @@ export const pageFields = {
     field(
       Type.String({
         pattern: CURSOR.source,
-        description: "`next_cursor` of the page before; left out for the first page",
+        description: "`next_cursor` of the previous page; leave it out for the first page",
       }),
       { parse: parseCursor },
     ),
@@ -56,7 +56,7 @@ export function pageOf({
   return { limit, after: cursor };
 }
 
-/** The cursor of the page after these rows, or null after the last one. `rows` holds one more than `limit` if more follow. */
+/** The cursor of the next page, or null after the last one. `rows` has one more row than `limit` if there is a next page. */
 export function nextCursor(rows: readonly Position[], limit: number): string | null {
   const last = rows[limit - 1];
   if (rows.length <= limit || !last) return null;

@@ -4,7 +4,7 @@ import { v7 as uuidv7 } from "uuid";
 import { ExpectedError } from "./errors.ts";
 import { backoffMs, sleep, withDeadline } from "./loop.ts";
 
-/** RabbitMQ is away, blocked or too slow. A message that was just published may have arrived or not. */
+/** RabbitMQ is unavailable, blocked or too slow. A message that was just published may have arrived or not. */
 export class QueueError extends ExpectedError {
   override readonly name = "QueueError";
 }
@@ -13,37 +13,37 @@ export class QueueError extends ExpectedError {
 export type Outcome = "ack" | "dead";
 
 export interface ConsumeOptions {
-  /** The most messages that are handed over and not yet acknowledged. */
+  /** The maximum number of delivered messages that are not yet acknowledged. */
   prefetch: number;
-  /** Awaited before each connection: waits for what the handler needs. */
+  /** Awaited before each connection: waits until the handler can work. */
   before: () => Promise<unknown>;
   /**
-   * Handles one message; up to `prefetch` run at once. An error ends the subscription: all unacknowledged messages go back
-   * to the queue, which is consumed again after a backoff and `before`.
+   * Handles one message; up to `prefetch` calls run at once. An error ends the subscription: all unacknowledged messages go
+   * back to the queue, and consuming starts again after a backoff and `before`.
    */
   handle: (content: Buffer) => Promise<Outcome>;
 }
 
-/** A queue of RabbitMQ, across any number of connections. */
+/** A queue of RabbitMQ that survives the loss of connections. */
 export interface Queue {
   /**
    * Publishes persistent messages and waits for the broker's confirms. Resolves to the number of confirmed messages; the
    * others may have arrived or not. Never rejects.
    */
   publish(contents: readonly Buffer[]): Promise<number>;
-  /** Sends a hint to everyone who listens with `onHint`. It may get lost, and does while RabbitMQ is away. */
+  /** Sends a hint to all listeners (`onHint`). It may be lost, and is lost while RabbitMQ is unavailable. */
   hint(content: Buffer): void;
   /**
    * The number of messages that wait in the queue.
    *
-   * @throws {QueueError} if RabbitMQ is away or accepts no messages
+   * @throws {QueueError} if RabbitMQ is unavailable or accepts no messages
    */
   depth(): Promise<number>;
   /** Consumes, across any number of reconnects, until `stop()`. */
   consume(options: ConsumeOptions): void;
-  /** Takes no more messages, and waits at most `withinMs` until those in hand are handled. */
+  /** Stops consuming, and waits at most `withinMs` until the delivered messages are handled. */
   stop(withinMs: number): Promise<void>;
-  /** Whether messages can be published and, if there is a consumer, are delivered. */
+  /** Whether messages can be published and, if there is a consumer, delivered. */
   isReady(): boolean;
   close(): Promise<void>;
 }
@@ -55,7 +55,7 @@ export interface QueueOptions {
   publishTimeoutMs?: number;
   onConnected: () => void;
   onDisconnected: (reason: string, retryInMs: number) => void;
-  /** Receives the hints of everyone who has opened the queue of this name. */
+  /** Receives the hints of all processes that use the queue of this name. */
   onHint?: (content: Buffer) => void;
 }
 
@@ -64,15 +64,15 @@ const CALL_MS = 5_000;
 const PUBLISH_TIMEOUT_MS = 5_000;
 const CLOSE_MS = 2_000;
 const BACKOFF = { baseMs: 250, maxMs: 5_000 };
-/** A connection that lasts this long has succeeded: the next backoff starts from the smallest wait. */
+/** A connection that lasts this long is successful: the next backoff starts with the shortest wait. */
 const GOOD_MS = 10_000;
-/** Far more than back-pressure lets in: a publisher that runs wild is refused before it fills the broker's disk. */
+/** Far more than back-pressure allows: a faulty publisher is refused before it fills the broker's disk. */
 const MAX_MESSAGES = 1_000_000;
 const MAX_DEAD_MESSAGES = 100_000;
-/** The most hints that wait for one listener; the oldest are dropped, since one hint makes the listener look at all rows. */
+/** The maximum number of hints that wait for one listener. The oldest are dropped: after one hint a listener checks all rows. */
 const MAX_HINTS = 100;
 const HINT_TTL_MS = 10_000;
-/** A message that is redelivered more often seems to kill its workers: RabbitMQ moves it to the dead letters. */
+/** A message that is redelivered more often probably kills its workers: RabbitMQ moves it to the dead-letter queue. */
 const MAX_DELIVERIES = 20;
 
 interface Session {
@@ -81,14 +81,13 @@ interface Session {
   returned: Set<string>;
   blocked: boolean;
   consumerTag?: string;
-  /** Ends the session; the supervisor makes the next one. */
+  /** Ends the session; the supervisor opens the next one. */
   end: (reason: string) => void;
   ended: Promise<string>;
 }
 
 /**
- * Keeps a connection to RabbitMQ and declares its queues: connects, and reconnects with backoff after any loss, until
- * `close()`. Returns at once.
+ * Connects to RabbitMQ and declares the queues; reconnects with backoff after any loss, until `close()`. Returns at once.
  */
 export function openQueue(
   url: string,
@@ -147,7 +146,7 @@ export function openQueue(
     inHand++;
     try {
       const outcome = await handle(message.content);
-      // The lost session has given the message back: it is delivered again.
+      // The session was lost: RabbitMQ delivers the message again.
       if (session !== current) return;
       if (outcome === "ack") current.channel.ack(message);
       else current.channel.reject(message, false);
@@ -167,7 +166,7 @@ export function openQueue(
   const closed = new Promise<string>((resolve) => {
     closing.signal.addEventListener("abort", () => resolve("closed"), { once: true });
   });
-  // Only after this turn, in which the caller may call `consume()`.
+  // In a later microtask, so that the caller can call `consume()` first.
   const supervised = Promise.resolve().then(supervise);
 
   return {
@@ -182,7 +181,7 @@ export function openQueue(
       try {
         await withDeadline(Promise.all(confirms), publishTimeoutMs, late);
       } catch (error) {
-        // RabbitMQ reports an alarm only after a publish. A new session would not know of it, and publish again.
+        // RabbitMQ reports an alarm only after a publish: a new session would not know it, and would publish again.
         if (!current.blocked) current.end((error as Error).message);
       }
       // The queue is missing: a new session declares it again.
@@ -209,7 +208,7 @@ export function openQueue(
     },
     consume(options) {
       consumer = options;
-      // The current session has no consumer; the next one has.
+      // The current session has no consumer; the next one gets it.
       session?.end("consuming begins");
     },
     async stop(withinMs) {
@@ -306,14 +305,14 @@ async function listenForHints(channel: ConfirmChannel, name: string, onHint: (co
   await channel.consume(queue, (message) => message && onHint(message.content), { noAck: true });
 }
 
-/** Resolves to whether the broker has put the message into the queue; never rejects. */
+/** Resolves to true if the broker has put the message into the queue; never rejects. */
 function publishOne({ channel, returned }: Session, name: string, content: Buffer): Promise<boolean> {
   const messageId = uuidv7();
   return new Promise((resolve) => {
     const options = { persistent: true, mandatory: true, contentType: "application/json", messageId };
     try {
       channel.publish("", name, content, options, (error) => {
-        // A message that reaches no queue is returned first, and then confirmed as well.
+        // A message that no queue takes is returned first, and then confirmed as well.
         resolve(!error && !returned.has(messageId));
       });
     } catch {
@@ -323,7 +322,7 @@ function publishOne({ channel, returned }: Session, name: string, content: Buffe
   });
 }
 
-/** Unless the URL sets a heartbeat, a dead peer is noticed after two heartbeats of 20 s. */
+/** Sets a heartbeat of 20 s unless the URL has one: a dead peer is noticed after two heartbeats. */
 function withHeartbeat(url: string): string {
   const parsed = new URL(url);
   if (!parsed.searchParams.has("heartbeat")) parsed.searchParams.set("heartbeat", "20");
@@ -335,7 +334,7 @@ async function closeQuietly(connection: ChannelModel): Promise<void> {
   try {
     await withDeadline(connection.close(), CLOSE_MS, () => new QueueError("late"));
   } catch {
-    // A broker that is blocked or gone does not answer; its socket must not stay open.
+    // A blocked or dead broker does not answer; the socket must not stay open.
     (connection.connection as unknown as { stream: Socket }).stream.destroy();
   }
 }

@@ -1,16 +1,16 @@
 import { sql } from "drizzle-orm";
 import { bigint, char, date, datetime, int, mysqlTable, tinyint, varchar } from "drizzle-orm/mysql-core";
 
-// The tables as `sql/` makes them, which also holds the binary collation of the text keys, the checks and the defaults.
+// The tables of `sql/`, which also defines the binary collation of the text keys, the checks and the defaults.
 
 /** The states of a reservation. */
 export const RESERVATION_STATUSES = ["PENDING", "PROCESSING", "DONE", "FAILED", "CANCELLED"] as const;
 export type ReservationStatus = (typeof RESERVATION_STATUSES)[number];
 
-/** How lists find reservations: `OPEN` if neither granted, nor failed, nor cancelled. */
+/** The states that lists use: `OPEN` is PENDING or PROCESSING. */
 export const LISTED_AS = ["OPEN", "DONE", "FAILED", "CANCELLED"] as const;
 
-/** What made a ledger entry: the grant of a reservation, or a direct change. */
+/** The origin of a ledger entry: the grant of a reservation, or a direct change. */
 export const ENTRY_KINDS = ["grant", "add", "sub"] as const;
 export type EntryKind = (typeof ENTRY_KINDS)[number];
 
@@ -27,7 +27,7 @@ function whole(name: string) {
   return bigint(name, { mode: "bigint" });
 }
 
-/** Balances: one row per user who ever got points. */
+/** Balances: one row per user who has ever received points. */
 export const pointRoot = mysqlTable("point_root", {
   userId: text("user_id", 20).primaryKey(),
   pointNum: whole("point_num").notNull(),
@@ -35,7 +35,7 @@ export const pointRoot = mysqlTable("point_root", {
   updatedAt: time("updated_at").notNull(),
 });
 
-/** Reservations, and when the scheduler must look at each next (`scan_at`). */
+/** Reservations, and when the scheduler must process each one next (`scan_at`). */
 export const pointReservations = mysqlTable("point_reservations", {
   id: char("id", { length: 36 }).primaryKey(),
   userId: text("user_id", 20).notNull(),
@@ -44,7 +44,7 @@ export const pointReservations = mysqlTable("point_reservations", {
   status: varchar("status", { length: 10, enum: RESERVATION_STATUSES }).notNull(),
   idempotencyKey: text("idempotency_key", 100).notNull(),
   campaign: text("campaign", 64),
-  /** What was reserved first, if it was patched since. */
+  /** The original values, if the reservation was patched. */
   originalPointAmount: int("original_point_amount"),
   originalExecuteAt: time("original_execute_at"),
   scanAt: time("scan_at"),
@@ -74,13 +74,13 @@ export const pointTransactions = mysqlTable("point_transactions", {
   /** The reservation that was granted; null for a direct change. */
   reservationId: char("reservation_id", { length: 36 }),
   createdAt: time("created_at").notNull(),
-  /** The generation of the totals that count it; 0 if none does. */
+  /** The generation of the totals that count the entry; 0 if none does. */
   aggregatedIn: int("aggregated_in").notNull(),
   /** Part of the key: a grant and a direct change may have the same `idempotency_key`. */
   isGrant: tinyint("is_grant").generatedAlwaysAs(sql`if(kind = 'grant', 1, 0)`, { mode: "virtual" }),
 });
 
-/** The one row that says which totals are valid, and by the days of which time zone. */
+/** One row: the generation of the valid totals, and the time zone of their days. */
 export const pointAggregation = mysqlTable("point_aggregation", {
   id: tinyint("id").primaryKey(),
   generation: int("generation").notNull(),

@@ -8,9 +8,9 @@ import { DatabaseError, databaseErrorOf } from "../lib/database_errors.ts";
 import { DomainError } from "../lib/errors.ts";
 
 /**
- * A file of SQL. A statement ends with `;` at the end of a line; a line that begins with `--` is a comment. A crash may
- * come between any two statements, and the file then runs again: what a statement has created, added or dropped already
- * is skipped, and an INSERT must be one that may run twice.
+ * A file of SQL. A statement ends with `;` at the end of a line; a line that begins with `--` is a comment. After a crash between
+ * two statements, the file runs again: errors of statements that have already created, added or dropped something are
+ * ignored, and every INSERT must be safe to run twice.
  */
 interface Migration {
   name: string;
@@ -27,12 +27,12 @@ interface Applied {
 const CONNECT_MS = 10_000;
 const LOCK_SECONDS = 60;
 
-/** Errors of a statement that an interrupted run has done before, by their numbers in MySQL and MariaDB. */
+/** Errors of a statement that an interrupted run has already done, by their numbers in MySQL and MariaDB. */
 const DONE_BEFORE = new Set([
-  ...[1050, 1051], // the table exists; it does not exist any more
+  ...[1050, 1051], // the table exists; it no longer exists
   ...[1060, 1061], // the column, the key exists
   ...[1826, 3822], // the check exists: MariaDB, MySQL
-  ...[1091, 3821, 3940], // the column or key, the check, the constraint does not exist any more
+  ...[1091, 3821, 3940], // the column or key, the check, the constraint no longer exists
 ]);
 
 function schemaError(message: string): DomainError {
@@ -49,7 +49,7 @@ async function readMigrations(folder: string): Promise<Migration[]> {
   return Promise.all(
     names.map(async (name) => {
       const statements = statementsOf(await readFile(join(folder, name), "utf8"));
-      // Of what runs: a checkout with other line ends, or a comment that was mended, is the same migration.
+      // Only of the statements: other line ends or changed comments do not change the migration.
       const text = statements.map((sql) => sql.replaceAll(/\s+/g, " ")).join(";\n");
       return { name, statements, checksum: createHash("sha256").update(text).digest("hex") };
     }),
@@ -64,7 +64,7 @@ function statementsOf(sql: string): string[] {
     .filter((statement) => statement !== "");
 }
 
-/** The migrations that have not run yet; throws if one that has run is not the same any more. */
+/** The migrations that have not run yet; throws if one that has run was changed. */
 function pendingOf(migrations: readonly Migration[], applied: readonly Applied[]): Migration[] {
   if (applied.some((row) => isUnreleased(row, migrations, applied))) {
     throw schemaError(
@@ -73,7 +73,7 @@ function pendingOf(migrations: readonly Migration[], applied: readonly Applied[]
   }
   return migrations.filter(({ name, checksum }) => {
     const before = applied.find((row) => row.name === name);
-    // A file that failed in the middle may be fixed; one that has run is history.
+    // A file that failed in the middle may be fixed; one that has run must not change.
     if (before?.finished && before.checksum !== checksum) {
       throw schemaError(
         `Cannot go on as ${name} was changed after it had run: restore it, and put the change in a new file`,
@@ -83,7 +83,7 @@ function pendingOf(migrations: readonly Migration[], applied: readonly Applied[]
   });
 }
 
-/** Whether a file that has run was one of those before the first release, of which 0001_points.sql was rewritten. */
+/** Whether a file that has run is one of the unreleased files that 0001_points.sql has replaced. */
 function isUnreleased(
   { name, checksum, finished }: Applied,
   migrations: readonly Migration[],
@@ -100,8 +100,8 @@ const SELECT_APPLIED =
   "/* find_applied */ select name, checksum, finished_at is not null finished from schema_migrations";
 
 /**
- * Refuses a schema that is behind this code, or made of other files. Accepts a schema that is ahead: while a new version
- * rolls out, the old one still runs.
+ * Refuses a schema that is older than this code, or made from other files. Accepts a newer schema: while a new version rolls
+ * out, the old one still runs.
  *
  * @throws {DomainError} SCHEMA, with the command that fixes it
  */
@@ -122,7 +122,7 @@ export async function checkSchema(database: Database, folder: string = import.me
 }
 
 /**
- * What each process asks before it starts: is the schema the one it was written for, and does MySQL keep what it commits?
+ * Checks before a process starts that the schema fits the code, and that MySQL keeps what it commits.
  *
  * @throws {DomainError} SCHEMA
  * @throws {DatabaseError}
@@ -137,17 +137,17 @@ export async function checkDatabase(
 
 export interface MigrateOptions {
   folder?: string;
-  /** Called with each line to print. */
+  /** Called with each line of output. */
   say?: (line: string) => void;
 }
 
 /**
- * Runs what has not run yet, in order, under a lock: of ten processes that start at once, one migrates and the others find
- * it done.
+ * Runs the migrations that have not run yet, in order, under a lock: if several processes start at once, one migrates, and the
+ * others find nothing to do.
  *
- * @throws {DatabaseError} if MySQL is an outage
- * @throws {DomainError} SCHEMA, if MySQL refuses a statement, a file that has run was changed, or another program has
- *   tables of the same names
+ * @throws {DatabaseError} if MySQL is unavailable
+ * @throws {DomainError} SCHEMA, if MySQL refuses a statement, a file that has run was changed, or the database has other tables
+ *   with the same names
  */
 export async function migrate(
   url: string,
@@ -161,7 +161,7 @@ export async function migrate(
       connectTimeout: CONNECT_MS,
       timezone: "Z",
     });
-    // MySQL's DDL commits by itself: only a lock keeps two processes out of one file.
+    // DDL commits by itself in MySQL: only a lock prevents two processes from running the same file.
     const [[lock]] = await connection.query<RowDataPacket[]>({
       sql: "/* lock_migrations */ select get_lock(concat('migrate.', left(sha2(database(), 256), 40)), ?) held",
       values: [LOCK_SECONDS],
@@ -174,7 +174,7 @@ export async function migrate(
   } catch (error) {
     throw databaseErrorOf(error);
   } finally {
-    // The lock goes with its connection.
+    // The lock ends with its connection.
     connection?.destroy();
   }
 }
@@ -225,13 +225,13 @@ async function runFile(
       if (isInterrupted && DONE_BEFORE.has((error as { errno: number }).errno)) continue;
       const known = databaseErrorOf(error);
       if (!(known instanceof DatabaseError) || known.isOutage) throw known;
-      // Our own statement without anybody's data: whoever wrote the file needs MySQL's sentence.
+      // The statement contains no data of users, and the author of the file needs MySQL's message.
       throw schemaError(`Cannot run ${name}: ${(error as Error).message}. Fix the file and run it again`);
     }
   }
 }
 
-/** An interrupted file skips tables that are there: on its first run it must not take another program's table for ours. */
+/** An interrupted file skips existing tables, so on its first run tables of another program must not exist. */
 async function refuseStrangers(connection: Connection, { name, statements }: Migration): Promise<void> {
   const tables = statements.flatMap((sql) => /^create table (?:if not exists )?(\w+)/i.exec(sql)?.[1] ?? []);
   if (tables.length === 0) return;

@@ -3,9 +3,9 @@ import { DatabaseError } from "../database_errors.ts";
 import { countEntries } from "./count_repository.ts";
 import { chooseTimeZone, deleteOldGenerations, noteAggregated } from "./total_repository.ts";
 
-/** How many ledger entries one transaction counts. It locks their totals while it runs, about 0.2 s. */
+/** The number of ledger entries that one transaction counts. It locks their totals for about 0.2 s. */
 const PAGE = 5_000;
-/** How many lock waits of 5 s one call accepts: a day that is reset holds its lock for minutes. */
+/** The number of lock waits of 5 s that one call accepts: resetting a day holds its lock for minutes. */
 const MAX_WAITS = 120;
 
 export interface AggregateOptions {
@@ -18,11 +18,11 @@ export interface AggregateOptions {
 }
 
 /**
- * Adds every ledger entry that no total counts yet to the totals of its day, page by page. What one call leaves, the next
- * one counts.
+ * Adds every ledger entry that no total counts yet to the totals of its day, page by page. The next call counts the entries that
+ * one call leaves.
  *
  * @returns the number of entries that it counted
- * @throws {DomainError} TIME_ZONE if the totals are by days of another zone
+ * @throws {DomainError} TIME_ZONE if the totals are by days of another time zone
  * @throws {DatabaseError}
  */
 export async function aggregate(
@@ -32,7 +32,7 @@ export async function aggregate(
   await chooseTimeZone(database, timeZone);
   let sum = 0;
   let waits = 0;
-  // Until a page is not full, not until one is empty: while points are granted, there is always one more entry.
+  // Until a page is not full, not until one is empty: while points are granted, there are always new entries.
   for (let counted = PAGE; counted === PAGE && !signal?.aborted; ) {
     try {
       counted = await countEntries(database, { timeZone, limit: PAGE });

@@ -2,13 +2,13 @@ import type { Connection, Database } from "../database.ts";
 import { type CheckedPage, findShownEntries, PAGE, runPage, WALK_PAGE } from "./check.ts";
 import type { BalanceMismatch } from "./difference.ts";
 
-/** Sorts behind every user id. */
+/** Sorts after every user id. */
 const AFTER_ALL = "~";
 
 /**
- * Compares each balance of a page with the sum of its user's ledger entries; users without a balance included.
+ * Compares each balance of a page with the sum of its user's ledger entries, including users without a balance.
  *
- * @param options.since only balances that have changed since then
+ * @param options.since checks only balances that have changed since this time
  */
 export function checkBalances(
   database: Database,

@@ -1,21 +1,21 @@
 import type { Connection, Database } from "../database.ts";
 import type { Difference, ShownEntry } from "./difference.ts";
 
-// The checks compare a page at a time. One statement, hence one snapshot, compares a page: a grant is in everything that it
-// reads, or in nothing of it.
+// The checks compare one page at a time. One statement, hence one snapshot, compares a page: it sees a grant completely or not
+// at all.
 
-/** Balances, reservations or ledger entries of one page. */
+/** The number of balances, reservations or ledger entries in one page. */
 export const PAGE = 2_000;
-/** Rows of one page if only those that have changed are checked. */
+/** The number of rows in one page if only changed rows are checked. */
 export const WALK_PAGE = 20_000;
-/** How long one page may take, in milliseconds: a day with millions of entries is one page. */
+/** The longest time for one page, in milliseconds: a day with millions of entries is one page. */
 const WORK_MS = 600_000;
-/** The most ledger entries that a difference shows. */
+/** The maximum number of ledger entries that a difference shows. */
 const MAX_SHOWN = 10;
 
-/** What the check of one page gives. */
+/** The result of checking one page. */
 export interface CheckedPage<Position> {
-  /** Where the next page begins; undefined after the last one. */
+  /** The start of the next page; undefined after the last one. */
   next: Position | undefined;
   /** The number of rows that were checked. */
   count: number;
@@ -27,11 +27,11 @@ export function runPage<T>(database: Database, work: (connection: Connection) =>
   return database.run(work, { workMs: WORK_MS });
 }
 
-/** The columns of an entry `t`, as a difference shows it. */
+/** The columns of a ledger entry `t` that a difference shows. */
 export const SHOWN_COLUMNS =
   "t.id transaction_id, t.user_id, t.point_amount, t.idempotency_key, t.kind, t.reservation_id, t.created_at";
 
-/** The first ten entries `t` of a condition with one value, which may end with `order by`. */
+/** The first ten ledger entries `t` that match a condition with one value; it may end with `order by`. */
 export function findShownEntries(
   { select }: Connection,
   condition: string,

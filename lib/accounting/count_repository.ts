@@ -8,16 +8,15 @@ import {
 } from "./daily_sum.ts";
 import { findAggregation, lockGeneration } from "./total_repository.ts";
 
-/** Totals whose users one statement looks up: with some thousands MySQL would read the whole table. */
+/** The number of totals whose users one statement looks up: with thousands MySQL would scan the table. */
 const SUMS = 500;
 
 /**
  * Adds a page of uncounted ledger entries to the totals of their days, and marks them as counted, in one transaction: each
- * entry counts once, however late it commits and whatever process dies. Entries that another transaction is counting are
- * left to that one.
+ * entry counts once, however late it commits and whatever process dies. Skips entries that another transaction is counting.
  *
  * @returns the number of entries that it counted; fewer than `limit` if none are left
- * @throws {DomainError} TIME_ZONE if the totals are by days of another zone
+ * @throws {DomainError} TIME_ZONE if the totals are by days of another time zone
  */
 export function countEntries(
   database: Database,
@@ -61,7 +60,7 @@ async function addToTotals(
   generation: number,
   sums: readonly DailySum[],
 ): Promise<void> {
-  // The rows themselves come first: who has locked a total decides which of its users are new.
+  // First lock the totals: the transaction that has locked a total decides which of its users are new.
   await transaction.execute(
     `/* insert_totals */ insert into point_daily_totals (generation, day, kind, campaign) values ?
      on duplicate key update generation = values(generation)`,
@@ -99,13 +98,13 @@ function nameOf({ day, kind, campaign }: TotalName, userId: string): string {
   return `${day} ${kind} ${campaign} ${userId}`;
 }
 
-/** Which of their users the totals count already, by `nameOf()`. */
+/** The users that the totals have already counted, by `nameOf()`. */
 async function findCountedUsers(
   { select }: Transaction,
   generation: number,
   sums: readonly DailySum[],
 ): Promise<Set<string>> {
-  // Spelled out: MariaDB finds no range in `(a, b) in ((?, ?), …)`.
+  // Written out: MariaDB finds no range in `(a, b) in ((?, ?), …)`.
   const ofOneTotal = "(generation = ? and day = ? and kind = ? and campaign = ? and user_id in (?))";
   const names = new Set<string>();
   for (let at = 0; at < sums.length; at += SUMS) {

@@ -1,7 +1,7 @@
 import type { EntryKind } from "../schema.ts";
 import { boundsOf, dayOf } from "./day.ts";
 
-/** A ledger entry that is to be counted. */
+/** A ledger entry that no total counts yet. */
 export interface UncountedEntry {
   id: string;
   userId: string;
@@ -11,14 +11,14 @@ export interface UncountedEntry {
   createdAt: Date;
 }
 
-/** What a reservation says about its grant. */
+/** The data of a reservation that the total of its grant needs. */
 export interface GrantedReservation {
   id: string;
   campaign: string | null;
   executeAt: Date;
 }
 
-/** The names of a daily total. */
+/** The key of a daily total. */
 export interface TotalName {
   day: string;
   kind: EntryKind;
@@ -26,7 +26,7 @@ export interface TotalName {
   campaign: string;
 }
 
-/** The sum of some entries of one day, kind and campaign. */
+/** The sums of some entries of one day, kind and campaign. */
 export interface DailySum extends TotalName {
   entries: number;
   points: number;
@@ -37,8 +37,8 @@ export interface DailySum extends TotalName {
 }
 
 /**
- * Adds up entries by day, kind and campaign, in the order of the totals' primary key: two batches that lock totals in
- * different orders deadlock.
+ * Adds up entries by day, kind and campaign. Returns the sums in the order of the totals' primary key: two batches that lock
+ * totals in different orders would deadlock.
  */
 export function sumByDay(
   entries: readonly UncountedEntry[],
@@ -48,7 +48,7 @@ export function sumByDay(
   const sums = new Map<string, DailySum>();
   let day = { name: "", from: new Date(0), until: new Date(0) };
   for (const { userId, pointAmount, kind, reservationId, createdAt } of entries) {
-    // Entries come ordered by time: most are of the same day as the entry before.
+    // Entries are ordered by time: most have the same day as the entry before.
     if (createdAt < day.from || createdAt >= day.until) {
       const name = dayOf(createdAt, timeZone);
       day = { name, ...boundsOf(name, timeZone) };

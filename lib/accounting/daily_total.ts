@@ -1,6 +1,6 @@
 import type { TotalRow } from "../schema.ts";
 
-/** The columns of a daily total, in the order in which they are shown. */
+/** The columns of a daily total, in output order. */
 export const TOTAL_COLUMNS = [
   "day",
   "kind",
@@ -12,7 +12,7 @@ export const TOTAL_COLUMNS = [
   "late_ms_max",
 ] as const;
 
-/** The total of a day, kind and campaign as it is shown. */
+/** A daily total in its output form. */
 export function dailyTotalOf(row: TotalRow) {
   const isGrant = row.kind === "grant" && row.entries > 0n;
   return {

@@ -2,11 +2,11 @@ import { Type } from "@sinclair/typebox";
 import { type BrokenRule, showValue } from "../errors.ts";
 import { broken, field, invalidInput, LATEST_MS, type Parsed, timeField } from "../field.ts";
 
-/** A day of the calendar, as text. The time zone decides which moments it holds. */
+/** A calendar day, as text. The time zone decides its start and end. */
 export const dayField = field(
   Type.String({
     format: "date",
-    description: "a day of the calendar, from 1970-01-01 to 9999-12-31",
+    description: "a calendar day, from 1970-01-01 to 9999-12-31",
     examples: ["2026-01-31"],
   }),
   { parse: parseDayText },
@@ -21,7 +21,7 @@ function parseDayText(value: unknown, place: string): Parsed<string> {
   return exists ? { value } : broken(`${place} must be a day that exists`, explanation);
 }
 
-/** The day that holds a moment. */
+/** The day of a point in time. */
 export function dayOf(time: Date, timeZone: string): string {
   return Temporal.Instant.fromEpochMilliseconds(time.getTime())
     .toZonedDateTimeISO(timeZone)
@@ -30,8 +30,8 @@ export function dayOf(time: Date, timeZone: string): string {
 }
 
 /**
- * Start (inclusive) and end (exclusive) of a day. It has 24 hours, 23 or 25 if clocks change, and none if the zone left the
- * day out.
+ * Start (inclusive) and end (exclusive) of a day. It has 24 hours, 23 or 25 if clocks change, and 0 if the time zone skipped the
+ * day.
  */
 export function boundsOf(day: string, timeZone: string): { from: Date; until: Date } {
   const date = Temporal.PlainDate.from(day);
@@ -40,22 +40,22 @@ export function boundsOf(day: string, timeZone: string): { from: Date; until: Da
   return { from: startOf(date), until: startOf(date.add({ days: 1 })) };
 }
 
-/** The day that is a number of days after another. */
+/** The day that is `days` days after another. */
 export function plusDays(day: string, days: number): string {
   return Temporal.PlainDate.from(day).add({ days }).toString();
 }
 
-/** The number of days from one to another, both included. */
+/** The number of days in a range, both ends included. */
 function countDays(from: string, to: string): number {
   return Temporal.PlainDate.from(from).until(to).days + 1;
 }
 
-/** The days from one to another, both included. */
+/** The days of a range, both ends included. */
 export function daysBetween(from: string, to: string): string[] {
   return Array.from({ length: Math.max(0, countDays(from, to)) }, (_, index) => plusDays(from, index));
 }
 
-/** The most days of one range: a year. */
+/** The maximum number of days in one range: a year. */
 export const MAX_DAYS = 366;
 const DEFAULT_DAYS = 31;
 
@@ -66,7 +66,7 @@ export interface Days {
 }
 
 /**
- * Makes a range of days. The end is today if it is left out, the start the first of 31 days.
+ * Makes a range of days. By default, the end is today, and the range has 31 days.
  *
  * @param options.places names both ends in an explanation
  * @throws {DomainError} INVALID_INPUT if the start is after the end, or if there are more than 366 days

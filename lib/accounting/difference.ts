@@ -1,6 +1,6 @@
 import type { EntryKind, ReservationStatus } from "../schema.ts";
 
-/** A ledger entry, as a difference shows it. */
+/** A ledger entry in a difference. */
 export interface ShownEntry {
   transaction_id: string;
   user_id: string;
@@ -11,7 +11,7 @@ export interface ShownEntry {
   created_at: Date;
 }
 
-/** The sum of the entries of a day, kind and campaign, as a difference shows it. */
+/** The sums of the entries of a day, kind and campaign in a difference. */
 export interface ShownTotal {
   entries: bigint;
   points: bigint;
@@ -24,15 +24,15 @@ export interface ShownTotal {
 export interface BalanceMismatch {
   kind: "balance";
   user_id: string;
-  /** Null if the user has none. */
+  /** Null if the user has no balance. */
   balance: bigint | null;
   ledger: bigint;
-  /** All entries of the user; `entries` has the newest of them. */
+  /** The number of the user's entries; `entries` has the newest of them. */
   entry_count: number;
   entries: ShownEntry[];
 }
 
-/** A reservation that is DONE and does not have exactly one ledger entry of its key, user and amount. */
+/** A DONE reservation that does not have exactly one ledger entry of its key, user and amount. */
 export interface ReservationMismatch {
   kind: "reservation";
   reservation_id: string;
@@ -42,7 +42,7 @@ export interface ReservationMismatch {
   entries: ShownEntry[];
 }
 
-/** A grant in the ledger that is not the grant of a reservation that is DONE. */
+/** A grant in the ledger that does not belong to a DONE reservation. */
 export interface OrphanEntry {
   kind: "entry";
   entries: [ShownEntry];
@@ -58,12 +58,12 @@ export interface TotalMismatch {
   day: string;
   of: EntryKind;
   campaign: string | null;
-  /** Null if there is none. */
+  /** Null if there is no total. */
   total: ShownTotal | null;
   ledger: ShownTotal | null;
 }
 
-/** A reservation that should have been granted minutes ago and is still open. */
+/** A reservation that was due minutes ago and is still open. */
 export interface OverdueReservation {
   kind: "overdue";
   reservation_id: string;
@@ -74,7 +74,7 @@ export interface OverdueReservation {
   last_error: string | null;
 }
 
-/** What a reconciliation finds: two figures that must agree and do not, or a reservation that should be over. */
+/** A finding of a reconciliation: two figures that must agree and do not, or an overdue reservation. */
 export type Difference =
   | BalanceMismatch
   | ReservationMismatch
@@ -82,7 +82,7 @@ export type Difference =
   | TotalMismatch
   | OverdueReservation;
 
-/** A difference in one line: what is wrong, both figures, and the entries behind them. */
+/** A difference in one line: the problem, both figures, and their entries. */
 export function describeDifference(difference: Difference): string {
   switch (difference.kind) {
     case "balance": {

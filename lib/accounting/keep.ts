@@ -7,11 +7,11 @@ import { describeDifference } from "./difference.ts";
 import { reconcile } from "./reconcile.ts";
 import { endTurn, keepTurn, takeTurn } from "./turn_repository.ts";
 
-/** How often to ask if the accounting is due, in milliseconds. */
+/** How often to check if the accounting is due, in milliseconds. */
 const TURN_MS = 10_000;
 /** How often to renew the turn, in milliseconds. */
 const KEEP_TURN_MS = 10_000;
-/** The most differences that one run logs; it counts all of them. */
+/** The maximum number of differences that one run logs; it counts all of them. */
 const MAX_LOGGED = 100;
 
 export interface AccountingOptions {
@@ -22,11 +22,11 @@ export interface AccountingOptions {
 }
 
 /**
- * If the accounting is due and no other scheduler is doing it: counts the new ledger entries in the daily totals, then
- * reconciles what has changed. Logs each difference; the service goes on. If the process dies, another one starts again a
- * minute later.
+ * If the accounting is due and no other scheduler has the turn: counts the new ledger entries in the daily totals, then
+ * reconciles what has changed. Logs each difference; the service continues. If the process dies, another scheduler takes the turn
+ * within about a minute.
  *
- * @returns how many milliseconds to sleep before asking again
+ * @returns how many milliseconds to sleep before the next check
  * @throws {DatabaseError}
  */
 export async function keepAccounts({ database, logger, config, signal }: AccountingOptions): Promise<number> {
@@ -34,7 +34,7 @@ export async function keepAccounts({ database, logger, config, signal }: Account
   const sleepMs = Math.min(intervalMs, TURN_MS);
   const turn = await takeTurn(database, { intervalMs });
   if (!turn) return sleepMs;
-  // If MySQL is away, the work itself fails.
+  // If MySQL is unavailable, the work itself fails.
   const keeping = setInterval(() => keepTurn(database, turn).catch(() => undefined), KEEP_TURN_MS);
   let isFinished = false;
   try {
@@ -51,7 +51,7 @@ async function aggregateAndReconcile({ database, logger, config, signal }: Accou
   const startedAt = performance.now();
   const aggregating = aggregate(database, { timeZone: config.AGGREGATE_TIME_ZONE, signal });
   const counted = await aggregating.catch((error) => {
-    // The wrong time zone is a setting to correct; reconciling is possible all the same.
+    // The time zone is a wrong setting that an operator must correct; reconciling is still possible.
     if (!(error instanceof DomainError)) throw error;
     logger.error({ error: describeError(error) }, "cannot aggregate");
     return undefined;

@@ -4,13 +4,13 @@ import { findBalanceMismatches } from "./balance_check.ts";
 import { type CheckedPage, findShownEntries, PAGE, runPage, SHOWN_COLUMNS, WALK_PAGE } from "./check.ts";
 import type { Difference, OrphanEntry, ReservationMismatch, ShownEntry } from "./difference.ts";
 
-// Every reservation that is DONE has exactly one ledger entry, and every grant in the ledger has a reservation that is DONE.
-// A forged or mistaken grant may name the wrong reservation or have the wrong key, so both must agree.
+// Every DONE reservation has exactly one ledger entry, and every grant in the ledger has a DONE reservation. An incorrect grant
+// may have the wrong reservation id or the wrong key, so both are compared.
 
 /**
- * Compares each reservation of a page that is DONE with its ledger entry.
+ * Compares each DONE reservation of a page with its ledger entry.
  *
- * @param options.since only reservations that have changed since then
+ * @param options.since checks only reservations that have changed since this time
  */
 export function checkReservations(
   database: Database,
@@ -26,13 +26,13 @@ export function checkReservations(
     );
     if (!page?.last) return { next: undefined, count: 0, differences: [] };
     const next = page.walked < limit ? undefined : page.last;
-    // Nothing has changed in most pages.
+    // Most pages have no changes.
     if (page.count === 0) return { next, count: 0, differences: [] };
     const where = "r.id > ? and r.id <= ? and r.updated_at >= ?";
     const values = [after, page.last, since ?? new Date(0)];
     const differences: Difference[] = await findReservationMismatches(connection, where, values);
     if (since) {
-      // A reservation that was DONE once: its entry may be too old for checkRecentEntries().
+      // If a reservation is no longer DONE, its entry may be too old for checkRecentEntries().
       const from = `point_reservations r force index (primary)
         join point_transactions t on t.idempotency_key = r.idempotency_key and t.is_grant = 1`;
       differences.push(...(await findOrphanEntries(connection, { from, where, values })));
@@ -41,7 +41,7 @@ export function checkReservations(
   });
 }
 
-/** The reservations that are DONE and do not have exactly one grant of their key, user and amount that names them. */
+/** The DONE reservations that do not have exactly one grant of their id, key, user and amount. */
 async function findReservationMismatches(
   connection: Connection,
   where: string,
@@ -97,8 +97,8 @@ export interface RecentPosition {
 }
 
 /**
- * Compares a page of the ledger entries since a time with their reservations; and with the balances of their users if these
- * have not changed since then or do not exist: `checkBalances()` skips those.
+ * Compares a page of the ledger entries since a time with their reservations. Also compares the balances of their users that have
+ * not changed since then, or do not exist: `checkBalances()` skips those.
  */
 export function checkRecentEntries(
   database: Database,
@@ -162,7 +162,7 @@ async function findNextGeneration(
 
 const ENTRIES = "point_transactions t force index (primary)";
 
-/** Grants that are not the grant of a reservation that is DONE. */
+/** Grants that do not belong to a DONE reservation. */
 async function findOrphanEntries(
   { select }: Connection,
   { from, where, values }: { from: string; where: string; values: unknown[] },

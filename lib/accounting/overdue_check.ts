@@ -2,7 +2,7 @@ import type { Database } from "../database.ts";
 import { type CheckedPage, PAGE, runPage } from "./check.ts";
 import type { OverdueReservation } from "./difference.ts";
 
-/** How late an open reservation must be to count as overdue, in milliseconds: longer than a burst of a million takes. */
+/** After this time an open reservation is overdue, in milliseconds: longer than a burst of a million takes. */
 export const OVERDUE_MS = 300_000;
 /** The longest backoff after a failed attempt, in milliseconds: `RETRY` of worker.ts. */
 const RETRY_MS = 3_600_000;
@@ -26,7 +26,7 @@ export function checkOverdue(
        from point_reservations force index (point_reservations_scan_at)
        where scan_at >= ? and (scan_at > ? or id > ?) and scan_at <= now(3) + interval ? microsecond
          and greatest(execute_at, created_at) <= now(3) - interval ? microsecond
-         -- a FAILED reservation that an operator has just told to retry is not overdue
+         -- a FAILED reservation that an operator has just retried is not overdue
          and not (attempts = 0 and last_error is not null and status = 'PROCESSING')
          and not (attempts = 0 and status = 'PENDING' and scan_at > now(3) - interval ? microsecond)
        order by scan_at, id limit ?`,

@@ -10,8 +10,8 @@ import { checkDay, findDay } from "./total_check.ts";
 import { type Aggregation, findAggregation } from "./total_repository.ts";
 
 /**
- * How far before the start of the last clean run the next one looks, in milliseconds: a row has the time of its statement and
- * commits later, but no transaction that changes points lives for a minute.
+ * The next run checks changes from this time before the start of the last clean run, in milliseconds: a row has the time of its
+ * statement and commits later, but no transaction that changes points takes a minute.
  */
 const MARGIN_MS = 600_000;
 /** The first moment that a DATETIME can hold. */
@@ -31,9 +31,9 @@ export interface ReconcileOptions {
 }
 
 /**
- * Compares what must agree: each balance with the user's ledger entries, each DONE reservation with its entry, each grant in
- * the ledger with its reservation, each daily total with the entries that it counts; and finds overdue reservations. Each page
- * is one consistent read: what is granted meanwhile is no difference.
+ * Compares each balance with the user's ledger entries, each DONE reservation with its entry, each grant in the ledger with its
+ * reservation, and each daily total with the entries that it counts; also finds overdue reservations. Each page is one
+ * consistent read: a grant meanwhile is not a difference.
  *
  * @throws {DatabaseError}
  */
@@ -91,7 +91,7 @@ export async function reconcile(
   return found;
 }
 
-/** What a difference is about, if more than one page may find it. */
+/** The id of a difference, if more than one page may find it. */
 function idOf(difference: Difference): string | undefined {
   if (difference.kind === "balance") return difference.user_id;
   if (difference.kind === "reservation") return difference.reservation_id;

@@ -1,10 +1,10 @@
 import { v7 as uuidv7 } from "uuid";
 import type { Database } from "../database.ts";
 
-/** How long adding up the entries of one user may take, in milliseconds. */
+/** The longest time to add up the entries of one user, in milliseconds. */
 const WORK_MS = 600_000;
 
-/** What a repair has changed. */
+/** The change of a repair. */
 export interface Repair {
   /** Null if there was no balance. */
   before: bigint | null;
@@ -12,12 +12,12 @@ export interface Repair {
 }
 
 /**
- * Sets a user's balance to the sum of the ledger entries, never the other way round, and records it in `point_repairs`: one
+ * Sets a user's balance to the sum of the ledger entries, never the reverse, and records this in `point_repairs`, in one
  * transaction.
  *
  * @param options.repairedBy who ran the repair
- * @returns undefined if the balance is right by now
- * @throws {DatabaseError} if a balance cannot hold the sum
+ * @returns undefined if the balance is already correct
+ * @throws {DatabaseError} if the sum is out of range for a balance
  */
 export function repairBalance(
   database: Database,
@@ -31,7 +31,7 @@ export function repairBalance(
          on duplicate key update user_id = values(user_id)`,
         [userId],
       );
-      // Whoever adds a ledger entry changes the balance before it commits: while we lock that, the sum does not change.
+      // A transaction that adds a ledger entry also changes the balance: while the balance is locked, the sum does not change.
       const [balance] = await select<{ points: string | number }>(
         `/* lock_balance */ select point_num points from point_root where user_id = ? for update`,
         [userId],

@@ -1,11 +1,11 @@
 import { v7 as uuidv7 } from "uuid";
 import type { Database } from "../database.ts";
 
-/** What one reconciliation has checked and found. */
+/** The result of one reconciliation. */
 export interface Reconciliation {
-  /** True: everything was checked; false: what has changed since the last clean run. */
+  /** True: it checked everything; false: only what had changed since the last clean run. */
   isFull: boolean;
-  /** When it began, by MySQL's clock. */
+  /** When it started, by MySQL's clock. */
   startedAt: Date;
   users: number;
   reservations: number;
@@ -15,8 +15,8 @@ export interface Reconciliation {
 }
 
 /**
- * MySQL's clock, and when the last clean run began. That is null before the first one, and while differences of a full run
- * are not known to be repaired by another full run: what it saw may be older than all that an incremental run looks at.
+ * The time by MySQL's clock, and when the last clean run started. `cleanAt` is null before the first clean run, and after a full run
+ * with differences until a full run is clean: the differences may be older than all rows that an incremental run checks.
  */
 export async function findLastRuns(database: Database): Promise<{ now: Date; cleanAt: Date | null }> {
   const [row] = await database.run(({ select }) =>
@@ -32,7 +32,7 @@ export async function findLastRuns(database: Database): Promise<{ now: Date; cle
   return row;
 }
 
-/** Records what a complete run has found. */
+/** Records the result of a complete run. */
 export async function recordReconciliation(database: Database, found: Reconciliation): Promise<void> {
   const { isFull, startedAt, users, reservations, entries, days, differences } = found;
   await database.run(({ execute }) =>
@@ -44,7 +44,7 @@ export async function recordReconciliation(database: Database, found: Reconcilia
   );
 }
 
-/** What a monitoring system asks for: when the last runs finished, and what the last reconciliation found. */
+/** The figures for a monitoring system: when the last runs finished, and how many differences the last reconciliation found. */
 export interface AccountingState {
   /** Null before the first reconciliation. */
   differences: number | null;
@@ -66,7 +66,7 @@ export async function findAccountingState(database: Database): Promise<Accountin
   return row ?? { differences: null, reconciledAt: null, aggregatedAt: null };
 }
 
-/** About how many rows a full reconciliation checks, as far as MySQL knows without counting. */
+/** Estimates how many rows a full reconciliation checks, from MySQL's statistics. */
 export async function estimateRows(database: Database): Promise<number> {
   const [row] = await database.run(({ select }) =>
     select<{ count: number | null }>(

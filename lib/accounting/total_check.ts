@@ -5,18 +5,18 @@ import { boundsOf } from "./day.ts";
 import type { ShownTotal, TotalMismatch } from "./difference.ts";
 import type { Aggregation } from "./total_repository.ts";
 
-/** The earliest day that has totals, and the earliest entry that they count; nulls after the last. */
+/** The earliest day that has totals, and the time of the earliest entry that they count; null if there is none. */
 export interface FoundDay {
   day: string | null;
   createdAt: Date | null;
 }
 
 /**
- * Finds where the totals and the entries of a generation go on.
+ * Finds the next day of the totals, and the next entry, of a generation.
  *
  * @param options.day the first day of the totals
  * @param options.from the first time of the entries
- * @param options.since only totals that have changed since then
+ * @param options.since finds only totals that have changed since this time
  */
 export async function findDay(
   database: Database,
@@ -40,7 +40,7 @@ type Row = { side: "total" | "ledger"; of: EntryKind; campaign: string } & Recor
   string | number
 >;
 
-/** Compares the totals of a day with the entries that they count; finds nothing if the generation counts no longer. */
+/** Compares the totals of a day with the entries that they count; finds nothing if the generation is no longer valid. */
 export async function checkDay(
   database: Database,
   day: string,

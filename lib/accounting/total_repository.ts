@@ -4,18 +4,18 @@ import { DomainError } from "../errors.ts";
 import { pointAggregation, type TotalRow, pointDailyTotals as totals } from "../schema.ts";
 import { boundsOf, type Days, daysBetween } from "./day.ts";
 
-/** Rows that one statement deletes. */
+/** The maximum number of rows that one statement deletes. */
 const DELETE_PAGE = 10_000;
-/** How long resetting a day may take, in milliseconds: one transaction marks millions of entries. */
+/** The longest time to reset a day, in milliseconds: one transaction marks millions of entries. */
 const RESET_MS = 600_000;
 
 /**
- * Locks the generation that counts until the transaction ends. In share mode nobody voids totals meanwhile; for update nobody
- * counts either.
+ * Locks the valid generation until the transaction ends. In share mode no other transaction can void totals meanwhile; with
+ * `for update`, no other can count entries either.
  */
 export async function lockGeneration(
   transaction: Transaction,
-  // MariaDB does not know `for share`.
+  // MariaDB does not support `for share`.
   { timeZone, mode }: { timeZone: string; mode: "lock in share mode" | "for update" },
 ): Promise<number> {
   const [state] = await transaction.select<Aggregation>(
@@ -41,7 +41,7 @@ export async function chooseTimeZone(database: Database, timeZone: string): Prom
   );
 }
 
-/** Voids all totals in one step: every entry is to be counted again, by days of this zone. */
+/** Voids all totals in one step: every entry will be counted again, by days of this time zone. */
 export async function startGeneration(database: Database, timeZone: string): Promise<void> {
   await database.transaction(async (transaction) => {
     await transaction.execute(
@@ -52,7 +52,7 @@ export async function startGeneration(database: Database, timeZone: string): Pro
   });
 }
 
-/** If the process that voided totals dies, a scheduler continues at once, not after an hour. */
+/** If the process that voided totals dies, a scheduler continues at once, not after the interval. */
 async function markUnfinished({ execute }: Transaction): Promise<void> {
   await execute(
     `/* mark_unfinished */ update point_aggregation_turns set finished_at = null, aggregated_at = null where id = 1`,
@@ -60,10 +60,10 @@ async function markUnfinished({ execute }: Transaction): Promise<void> {
 }
 
 /**
- * Voids the totals of a day: its entries are to be counted again. In one transaction in which nobody counts, so that no entry
- * counts twice.
+ * Voids the totals of a day: its entries will be counted again. While this transaction runs, no other one counts entries, so that
+ * no entry is counted twice.
  *
- * @throws {DomainError} TIME_ZONE if the totals are by days of another zone
+ * @throws {DomainError} TIME_ZONE if the totals are by days of another time zone
  */
 export async function resetDay(database: Database, day: string, timeZone: string): Promise<void> {
   const { from, until } = boundsOf(day, timeZone);
@@ -77,7 +77,7 @@ export async function resetDay(database: Database, day: string, timeZone: string
         );
       }
       await transaction.execute(
-        // Without the index a small table would be read as a whole, waiting for each entry that has not committed.
+        // Without the index hint, MySQL would scan a small table, and wait for each entry that is not committed.
         `/* mark_uncounted */ update point_transactions force index (point_transactions_aggregated)
          set aggregated_in = 0 where aggregated_in = ? and created_at >= ? and created_at < ?`,
         [generation, from, until],
@@ -88,7 +88,7 @@ export async function resetDay(database: Database, day: string, timeZone: string
   );
 }
 
-/** Deletes totals of older generations, a page at a time. */
+/** Deletes the totals of older generations, one page at a time. */
 export async function deleteOldGenerations(database: Database): Promise<void> {
   const { generation } = await findAggregation(database);
   for (const table of ["point_daily_users", "point_daily_totals"]) {
@@ -111,14 +111,14 @@ export async function noteAggregated(database: Database): Promise<void> {
   );
 }
 
-/** The totals that count: those of one generation. */
+/** The generation of the valid totals. */
 export interface Aggregation {
   generation: number;
-  /** Empty until something was counted. */
+  /** Empty before the first aggregation. */
   timeZone: string;
 }
 
-/** Which totals count. */
+/** Finds the generation of the valid totals. */
 export async function findAggregation(database: Database): Promise<Aggregation> {
   const [state] = await database.run((connection) =>
     connection.drizzle("find_aggregation").select().from(pointAggregation),
@@ -127,7 +127,7 @@ export async function findAggregation(database: Database): Promise<Aggregation> 
   return state;
 }
 
-/** When all entries had last been counted; null before the first run, and while totals are counted again. */
+/** When an aggregation last counted all entries; null before the first one, and while totals are recalculated. */
 export async function findAggregatedAt(database: Database): Promise<Date | null> {
   const [turn] = await database.run(({ select }) =>
     select<{ aggregatedAt: Date | null }>(
@@ -137,7 +137,7 @@ export async function findAggregatedAt(database: Database): Promise<Date | null>
   return turn?.aggregatedAt ?? null;
 }
 
-/** The most totals of one answer. */
+/** The maximum number of totals in one answer. */
 const MAX_TOTALS = 10_000;
 
 export interface TotalsOptions extends Days {
@@ -178,7 +178,7 @@ export async function findTotals(
 }
 
 /**
- * All points of all users at the end of each day.
+ * The sum of all balances at the end of each day.
  *
  * @param rows all totals of these days
  */

@@ -51,20 +51,28 @@ export function totalRoutes({ database }: { database: Database }) {
 }
 
 const totalFields = {
-  from: optional(described(dayField, "the first day; if left out, 31 days until `to`")),
-  to: optional(described(dayField, "the last day; if left out, today")),
+  from: optional(
+    described(dayField, "the first day; by default, the first of the 31 days that end with `to`"),
+  ),
+  to: optional(described(dayField, "the last day; by default, today")),
   campaign: optional(campaignField),
 };
 
 const Total = Type.Object({
   day: dayField.schema,
   kind: EntryKindName,
-  campaign: orNull(campaignField.schema, "null if it has none"),
+  campaign: orNull(campaignField.schema, "null if there is none"),
   entries: Type.Integer({ description: "ledger entries" }),
-  points: Type.Integer({ description: "their sum; negative for `sub`" }),
-  users: Type.Integer({ description: "distinct users; they cannot be added up over several rows" }),
-  late_ms_mean: orNull(Type.Integer(), "mean time from execute_at to the grant; null except for grants"),
-  late_ms_max: orNull(Type.Integer(), "longest time from execute_at to the grant; null except for grants"),
+  points: Type.Integer({ description: "the sum of the entries; negative for `sub`" }),
+  users: Type.Integer({ description: "distinct users; do not add them up over several rows" }),
+  late_ms_mean: orNull(
+    Type.Integer(),
+    "mean milliseconds from execute_at to the grant; null for `add` and `sub`",
+  ),
+  late_ms_max: orNull(
+    Type.Integer(),
+    "maximum milliseconds from execute_at to the grant; null for `add` and `sub`",
+  ),
 });
 const DayBalance = Type.Object({
   day: dayField.schema,
@@ -73,17 +81,17 @@ const DayBalance = Type.Object({
   }),
 });
 const Totals = Type.Object({
-  time_zone: orNull(Type.String(), "the time zone of the days; null before anything was counted"),
+  time_zone: orNull(Type.String(), "the time zone of the days; null before the first aggregation"),
   from: dayField.schema,
   to: dayField.schema,
   aggregated_at: orNull(
     Time,
-    "when all entries had last been counted; null while they are counted from scratch",
+    "when an aggregation last counted all entries; null before the first one, and while totals are recalculated",
   ),
   totals: Type.Array(Total, { description: "by day, kind and campaign" }),
   balances: Type.Optional(
     Type.Array(DayBalance, {
-      description: "all points of all users at the end of each day; left out if `campaign` is given",
+      description: "the sum of all balances at the end of each day; left out if `campaign` is given",
     }),
   ),
 });
@@ -94,15 +102,15 @@ function prefersCsv(request: Request): boolean {
   return new Negotiator({ headers }).mediaType(["application/json", "text/csv"]) === "text/csv";
 }
 
-/** The totals as CSV (RFC 4180). No value holds a comma or a quote. */
+/** The totals as CSV (RFC 4180). No value has a comma or a quote. */
 function toCsv(totals: readonly DailyTotal[]): string {
   const lines = totals.map((total) => TOTAL_COLUMNS.map((column) => total[column] ?? "").join(","));
   return [TOTAL_COLUMNS.join(","), ...lines].map((line) => `${line}\r\n`).join("");
 }
 
 const LIST_TOTALS = describe({
-  summary: "Points per day",
-  description: `The ledger by day, kind and campaign, and all points of all users at the end of each day, for at most ${MAX_DAYS} days. A day is one of \`time_zone\`. The schedulers count new entries every hour; \`bun run aggregate\` does so at once. As CSV if the header Accept prefers text/csv: the columns of \`totals\`, with their names in the first line.`,
+  summary: "List the points per day",
+  description: `The sums of the ledger by day, kind and campaign, and the sum of all balances at the end of each day, for at most ${MAX_DAYS} days. The days are those of \`time_zone\`. By default, the schedulers count new entries every hour; \`bun run aggregate\` counts them at once. If the header Accept prefers text/csv, the answer is CSV: the columns of \`totals\`, with their names in the first line.`,
   query: objectSchema(totalFields),
   answers: {
     200: {
@@ -147,8 +155,8 @@ const LIST_TOTALS = describe({
     },
   },
   refusals: {
-    400: refusal("Broken rules, or more than 10000 totals", {
-      "no day": refused({ query: { from: "31.1.2026" } }, ({ query }) =>
+    400: refusal("The request breaks rules, or there are more than 10,000 totals", {
+      "not a day": refused({ query: { from: "31.1.2026" } }, ({ query }) =>
         parseFields(totalFields, query, { what: "query" }),
       ),
       "the wrong order": refused({ query: { from: "2026-02-02", to: "2026-02-01" } }, ({ query }) =>

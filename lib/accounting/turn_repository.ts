@@ -1,16 +1,16 @@
 import { v7 as uuidv7 } from "uuid";
 import type { Database } from "../database.ts";
 
-// One scheduler at a time does the accounting: the one that has the turn.
+// One scheduler at a time does the accounting: the one that holds the turn.
 
-/** How long a turn stays with a holder that does not renew it, in milliseconds. */
+/** How long a turn lasts if its holder does not renew it, in milliseconds. */
 const HOLD_MS = 60_000;
 
 /**
- * Takes the turn if the accounting is due and nobody else has the turn: one conditional UPDATE.
+ * Takes the turn if the accounting is due and no other scheduler holds the turn, by one conditional UPDATE.
  *
  * @param options.intervalMs the time from one run to the next
- * @returns the id of the turn; undefined if there is none to take
+ * @returns the id of the turn; undefined if it was not taken
  */
 export async function takeTurn(
   database: Database,

@@ -50,7 +50,7 @@ if (import.meta.main) {
   )
     .option(
       "--from <day>",
-      "recalculate the totals from this day on, for instance if `bun run reconcile` found a wrong one; needs --to",
+      "recalculate the totals of the days from this one to --to, for instance if `bun run reconcile` found a wrong one",
       parserOf(dayField, "--from"),
     )
     .option("--to <day>", "the last day to recalculate; at most 366 days", parserOf(dayField, "--to"))
@@ -63,7 +63,7 @@ if (import.meta.main) {
   await runCommand<Options>(command, {
     what: "aggregate",
     run: ({ from, to, rebuild: isRebuild = false }) => {
-      // Neither has a default here: what is recalculated is said in full.
+      // Neither has a default here: the user must name all days to recalculate.
       if ((from === undefined) !== (to === undefined)) {
         command.error("error: --from and --to must be given together");
       }

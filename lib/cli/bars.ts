@@ -4,7 +4,7 @@ const WIDTH = 50;
 export interface Bar {
   label: string;
   value: bigint;
-  /** Stands behind the value. */
+  /** Text after the value. */
   note?: string;
 }
 

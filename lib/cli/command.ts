@@ -2,10 +2,10 @@ import { Command, InvalidArgumentError } from "commander";
 import { DomainError, ExpectedError, explain } from "../errors.ts";
 import type { Field } from "../field.ts";
 
-/** The exit code for wrong words on the command line. */
+/** The exit code for wrong options or arguments. */
 const WRONG_WORDS = 2;
 
-/** The command line of `bun run NAME`. `--help` ends the process with 0, wrong words with 2. */
+/** The command line of `bun run NAME`. `--help` exits with 0, wrong options or arguments with 2. */
 export function newCommand(name: string, description: string): Command {
   return new Command(`bun run ${name}`)
     .description(description)
@@ -13,7 +13,7 @@ export function newCommand(name: string, description: string): Command {
     .exitOverride(({ exitCode }) => process.exit(exitCode === 0 ? 0 : WRONG_WORDS));
 }
 
-/** Parses the text of an option as a field. `flag` names it in the error, e.g. `--from`. */
+/** Makes the parser of an option from a field. `flag` names the option in the error, e.g. `--from`. */
 export function parserOf<T>({ parse }: Field<T>, flag: string): (text: string) => T {
   return (text) => {
     const parsed = parse(text, flag);
@@ -23,15 +23,15 @@ export function parserOf<T>({ parse }: Field<T>, flag: string): (text: string) =
 }
 
 export interface RunOptions<Options> {
-  /** What the command does, for `Cannot …: reason`. */
+  /** The action of the command, for the message `Cannot …: reason`. */
   what: string;
   /** The exit code if it fails; 1 by default. */
   failed?: number;
-  /** Does it, and resolves to the exit code. */
+  /** Runs the command, and resolves to the exit code. */
   run: (options: Options) => Promise<number>;
 }
 
-/** Reads the options of a command, runs it, and ends the process with its exit code. */
+/** Parses the options of a command, runs it, and exits with its exit code. */
 export async function runCommand<Options>(
   command: Command,
   { what, failed = 1, run }: RunOptions<Options>,
@@ -46,7 +46,7 @@ export async function runCommand<Options>(
     } else if (error instanceof ExpectedError) {
       console.error(`Cannot ${what}: ${error.message}`);
     } else if ((error as { code?: unknown }).code !== "EPIPE") {
-      // EPIPE: the reader of the output has gone, e.g. `| head`.
+      // EPIPE: the reader of the output has closed it, e.g. `| head`.
       console.error(error);
     }
     process.exit(failed);

@@ -4,7 +4,7 @@ import { type DemoResult, type DemoRow, demonstrate } from "../dev/demo.ts";
 import { fieldOf, runWithStack } from "../dev/stack.ts";
 import { newCommand, runCommand } from "./command.ts";
 
-/** Up to this many reservations have a line of their own; of more only sums are shown. */
+/** Up to this number, each reservation has its own line; for more, only sums are shown. */
 const MAX_ROWS = 20;
 const SUMS_MS = 1_000;
 const LOG_LINES = 30;
@@ -20,7 +20,7 @@ function main({ count, seconds }: Options): Promise<number> {
   const log: string[] = [];
   return runWithStack(
     {
-      // A short lease: what an interrupted demo on the same queue had claimed is claimed again soon.
+      // A short lease: the reservations of an interrupted demo on the same queue are claimed again soon.
       env: { SCAN_INTERVAL_MS: "200", LEASE_MS: "10000" },
       usualPorts: false,
       say,
@@ -77,7 +77,7 @@ function describeSums(rows: readonly DemoRow[]): string {
   return `${counted.filter(Boolean).join("  ")}  worst lateness ${worst} ms`;
 }
 
-/** For a terminal: one table that is drawn over itself. */
+/** For a terminal: one table that is redrawn in place. */
 function openTable(): (rows: readonly DemoRow[]) => void {
   let height = 0;
   return (rows) => {
@@ -118,9 +118,9 @@ function wholeUpTo(max: number): (text: string) => number {
 if (import.meta.main) {
   const command = newCommand(
     "demo",
-    "Reserves grants a few seconds ahead, shows how they are granted, and checks all sums. Exits with 1 if a promise is broken.",
+    "Makes reservations for the next seconds, shows how they are granted, and checks all sums. Exits with 1 if a promise is broken.",
   )
-    .option("--count <n>", "how many reservations, at most 100000", wholeUpTo(100_000), 5)
-    .option("--seconds <n>", "the time within which they are due, at most 3600", wholeUpTo(3_600), 3);
+    .option("--count <n>", "the number of reservations, at most 100000", wholeUpTo(100_000), 5)
+    .option("--seconds <n>", "the seconds until the last of them is due, at most 3600", wholeUpTo(3_600), 3);
   await runCommand(command, { what: "run the demo", run: main });
 }

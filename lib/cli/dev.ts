@@ -2,7 +2,7 @@ import { type Name, runWithStack, type Stack } from "../dev/stack.ts";
 import { aborted } from "../loop.ts";
 import { newCommand, runCommand } from "./command.ts";
 
-/** Shorter than the 10 s of production, for whoever tries it out. */
+/** Shorter than the default of 10 s, so that manual tests need not wait. */
 const SCAN_INTERVAL_MS = "500";
 
 const say = (line: string) => console.error(`dev: ${line}`);
@@ -32,13 +32,13 @@ pointservice is running at ${apiUrl}. Try, in another terminal:
   curl -i ${apiUrl}/point/reserve -H 'content-type: application/json' -d '${body}'
   curl ${apiUrl}/users/TestUser01/points
 
-To start one more scheduler or worker by hand, or one that replaces a killed one (port 0 takes a free port):
+To start another scheduler or worker, or to replace one that was killed (port 0 chooses a free port):
 
   export DATABASE_URL=${databaseUrl} AMQP_URL=${amqpUrl}
   SCHEDULER_PORT=0 ${bun} run scheduler.ts
   WORKER_PORT=0 ${bun} run worker.ts
 
-Ctrl-C stops everything that this command has started.
+Press Ctrl-C to stop everything that this command has started.
 `);
 }
 
@@ -50,7 +50,7 @@ function main(): Promise<number> {
       say,
       onLog: (name, line) => console.log(formatLog(name, line)),
       onExit: (name, how) =>
-        say(`${name} ended with ${how}; restart it by hand, or stop the rest with Ctrl-C`),
+        say(`${name} ended with ${how}; start another one as shown above, or stop everything with Ctrl-C`),
     },
     async (stack) => {
       showWhatToTry(stack);

@@ -1,15 +1,15 @@
-/** Shows how far a command has come, on a terminal only. */
+/** A progress bar, on a terminal only. */
 export interface Progress extends Disposable {
   add(count: number): void;
-  /** Makes room for a line of output; the next `add()` shows the bar again. */
+  /** Removes the bar before a line of output; the next `add()` shows it again. */
   clear(): void;
 }
 
 /**
  * Opens a progress bar.
  *
- * @param what the noun of what is counted, e.g. `entries`
- * @param total the estimated number of them
+ * @param what the noun after the numbers, e.g. `entries`
+ * @param total the estimated total
  */
 export async function openProgress(what: string, total: number): Promise<Progress> {
   if (!process.stderr.isTTY) return { add() {}, clear() {}, [Symbol.dispose]() {} };

@@ -17,13 +17,13 @@ interface Options {
   json?: boolean;
 }
 
-/** What became of the repair of one difference. */
+/** The outcome of repairing one difference. */
 interface RepairOutcome {
   isRepaired: boolean;
   note: string;
 }
 
-/** Prints the differences, each when it is found, then the summary. */
+/** Prints each difference when it is found, then the summary. */
 interface Output {
   show(difference: Difference, repair: RepairOutcome | undefined): void;
   end(found: Reconciliation, summary: { repaired: number; seconds: number }): void;
@@ -59,18 +59,18 @@ async function main({ full = false, repair = false, json = false }: Options): Pr
 async function tryRepair(database: Database, userId: string): Promise<RepairOutcome> {
   try {
     const repair = await repairBalance(database, userId, { repairedBy: `${operator()}@${hostname()}` });
-    const note = repair ? `repaired: ${repair.before ?? "none"} -> ${repair.after}` : "agrees by now";
+    const note = repair ? `repaired: ${repair.before ?? "none"} -> ${repair.after}` : "already correct";
     return { isRepaired: true, note };
   } catch (error) {
     if (!(error instanceof DatabaseError) || error.isOutage) throw error;
     const note = error.isContended
-      ? "not repaired: another transaction holds the balance; run the command again"
-      : "not repaired: a balance cannot hold the sum of the ledger";
+      ? "not repaired: another transaction has locked the balance; run the command again"
+      : "not repaired: the sum of the ledger is out of range for a balance";
     return { isRepaired: false, note };
   }
 }
 
-/** Who runs this, as far as the system knows. */
+/** The user who runs this command. */
 function operator(): string {
   const { username, uid } = userInfo();
   return username === "unknown" ? `uid ${uid}` : username;
@@ -145,8 +145,8 @@ if (import.meta.main) {
     .option("--json", "print one JSON document instead of lines")
     .addHelpText(
       "after",
-      "\nExit codes: 0 if no difference is left, 1 if one is left, 2 for wrong options, 3 if the check failed.",
+      "\nExit codes: 0 if no difference is left, 1 if differences are left, 2 for wrong options, 3 if the check failed.",
     );
-  // Not 1, which says that there are differences.
+  // Not 1, which means that there are differences.
   await runCommand(command, { what: "reconcile", failed: 3, run: main });
 }

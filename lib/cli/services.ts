@@ -6,17 +6,17 @@ import { acquireServices, findRunning, keepServices, stopServices } from "../dev
 import { newCommand } from "./command.ts";
 
 const PARENT_CHECK_MS = 500;
-/** What a shell answers if it cannot run a command. */
+/** The exit code of a shell that cannot run a command. */
 const CANNOT_RUN = 127;
 
-/** One run of the command: what the services report to, and what stops it. */
+/** One run of the command: its output, and the signal that stops it. */
 interface Run extends ServicesOptions {
   signal: AbortSignal;
-  /** Sets the function that gets the signals from now on. */
+  /** Sets the function that receives the signals from now on. */
   onInterrupt(listener: (signal: NodeJS.Signals) => void): void;
 }
 
-/** Does the work of a subcommand, and ends the process with its exit code, or with that of a signal. */
+/** Runs a subcommand, and exits with its exit code, or with that of a signal. */
 async function main(work: (run: Run) => Promise<number>): Promise<never> {
   const stopping = new AbortController();
   let interruptedBy: NodeJS.Signals | undefined;
@@ -28,7 +28,7 @@ async function main(work: (run: Run) => Promise<number>): Promise<never> {
   }
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => interrupt(signal));
   const parent = process.ppid;
-  // A parent that was killed cannot tell us. One that was interrupted may end before us, which is no second signal.
+  // A killed parent cannot send a signal. An interrupted one may end first, which must not count as a second signal.
   setInterval(() => process.ppid !== parent && !interruptedBy && interrupt("SIGTERM"), PARENT_CHECK_MS);
   const say = (line: string) => console.error(`services: ${line}`);
   try {
@@ -74,7 +74,7 @@ async function runWithServices([file = "", ...args]: string[], run: Run): Promis
   const services = await acquireServices(run);
   try {
     run.signal.throwIfAborted();
-    // In a session of its own: a Ctrl-C at the terminal then reaches it once, through us, and not twice.
+    // In its own session: a Ctrl-C at the terminal reaches it only once, through this process.
     const child = spawn(file === "bun" ? process.execPath : file, args, {
       detached: true,
       stdio: "inherit",
@@ -93,7 +93,7 @@ async function runWithServices([file = "", ...args]: string[], run: Run): Promis
   }
 }
 
-/** The exit code with which a shell reports that a signal ended a process. */
+/** The exit code of a shell for a process that a signal has ended. */
 function signalCode(signal: NodeJS.Signals | null): number {
   return 128 + (signal ? constants.signals[signal] : 0);
 }

@@ -24,7 +24,7 @@ async function main({ from, to, campaign }: Options): Promise<number> {
     console.log(`\nAll points of all users at the end of ${days.to}: ${last?.pointNum}`);
   }
   await database.close();
-  console.log(timeZone ? `Days of ${timeZone}` : "Nothing has been counted yet; `bun run aggregate` does it");
+  console.log(timeZone ? `Days of ${timeZone}` : "No entries are counted yet; run `bun run aggregate`");
   return 0;
 }
 
@@ -36,7 +36,7 @@ function drawTable(rows: readonly TotalRow[]): string {
   return Bun.inspect.table(shown, [...TOTAL_COLUMNS]);
 }
 
-/** A bar for each day, from the first one that has totals. */
+/** One bar per day, from the first day that has totals. */
 function barsOf(rows: readonly TotalRow[], { to }: Days): Bar[] {
   const sums = new Map<string, { added: bigint; subtracted: bigint }>();
   for (const { day, points } of rows) {
@@ -55,8 +55,12 @@ if (import.meta.main) {
     "totals",
     "Shows the daily totals as a table, and the points of each day as bars.",
   )
-    .option("--from <day>", "the first day; if left out, 31 days until --to", parserOf(dayField, "--from"))
-    .option("--to <day>", "the last day; if left out, today", parserOf(dayField, "--to"))
+    .option(
+      "--from <day>",
+      "the first day; by default, the first of the 31 days that end with --to",
+      parserOf(dayField, "--from"),
+    )
+    .option("--to <day>", "the last day; by default, today", parserOf(dayField, "--to"))
     .option("--campaign <name>", "only this campaign", parserOf(campaignField, "--campaign"));
   await runCommand(command, { what: "read the totals", run: main });
 }

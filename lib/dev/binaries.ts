@@ -1,4 +1,4 @@
-/** The servers' programs on this machine. */
+/** The programs of the servers on this machine. */
 import * as fs from "node:fs";
 import { delimiter, join } from "node:path";
 
@@ -13,7 +13,7 @@ export function findRabbitmq(): string | undefined {
   return findExecutable(["rabbitmq-server"], [...scripts, ...binaryFolders()]);
 }
 
-/** Where programs may be: the PATH, then the usual folders. */
+/** The folders that may have programs: the PATH, then the usual folders. */
 export function binaryFolders(): string[] {
   const homebrew = fs.globSync([
     "/opt/homebrew/opt/{mysql,mariadb}*/bin",
@@ -24,7 +24,7 @@ export function binaryFolders(): string[] {
   return [...path, ...usual, "/opt/homebrew/sbin", "/opt/homebrew/bin", ...homebrew];
 }
 
-/** The first of `names` that may be run, each looked for in all of the folders. */
+/** The first executable of `names`; searches all folders for each name. */
 export function findExecutable(names: string[], folders: string[]): string | undefined {
   const paths = names.flatMap((name) => folders.map((folder) => join(folder, name)));
   return paths.find((path) => {
@@ -37,13 +37,13 @@ export function findExecutable(names: string[], folders: string[]): string | und
   });
 }
 
-/** @throws Error where there is no path of `what` */
+/** @throws {Error} if `path` is undefined */
 export function need(path: string | undefined, what: string): string {
   if (path === undefined) throw new Error(`Cannot start private servers without ${what} on this machine`);
   return path;
 }
 
-/** Only what a server needs: settings of ours or of the user's (MYSQL_…, RABBITMQ_…, ERL_…) must not reach it. */
+/** The environment of a server. It must not inherit settings (MYSQL_…, RABBITMQ_…, ERL_…). */
 export function serverEnv(): Record<string, string> {
   return { PATH: binaryFolders().join(delimiter), HOME: process.env.HOME ?? "/", LANG: "C.UTF-8" };
 }

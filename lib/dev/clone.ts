@@ -1,8 +1,8 @@
-/** What each way to MySQL and RabbitMQ has in common: the clone that they are for, and where they are. */
+/** Common parts of all ways to run MySQL and RabbitMQ: the clone that they belong to, and their addresses. */
 import { readFileSync, realpathSync, renameSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-/** Where MySQL and RabbitMQ are. */
+/** The addresses of MySQL and RabbitMQ. */
 export interface Services {
   databaseUrl: string;
   amqpUrl: string;
@@ -10,13 +10,13 @@ export interface Services {
   origin: string;
 }
 
-/** Options for all that finds, starts or stops them. */
+/** Options for finding, starting and stopping them. */
 export interface ServicesOptions {
-  /** Hears of every step that takes time. */
+  /** Receives a line for every step that takes time. */
   say: (line: string) => void;
-  /** Gives up: what was begun is undone, and the call rejects with the signal's reason. */
+  /** Cancels the call: it undoes its steps, and rejects with the signal's reason. */
   signal?: AbortSignal | undefined;
-  /** The clone whose services they are: docker-compose.yml is there, and `.services`. Default: this one. */
+  /** The clone that they belong to, with docker-compose.yml and `.services`. Default: this one. */
   root?: string | undefined;
 }
 
@@ -25,12 +25,12 @@ export function rootOf({ root }: ServicesOptions): string {
   return realpathSync(root ?? join(import.meta.dir, "../.."));
 }
 
-/** What we keep in the clone: the lock, the users, the private servers. */
+/** The folder with the lock, the users and the private servers. */
 export function servicesFolder(options: ServicesOptions): string {
   return join(rootOf(options), ".services");
 }
 
-/** A JSON file of ours; undefined if it is missing or broken (a hand-edited file must not stop a run). */
+/** The content of a JSON file; undefined if it is missing or invalid (an edited file must not stop a run). */
 export function readJson<T>(file: string): T | undefined {
   try {
     return JSON.parse(readFileSync(file, "utf8")) as T;
@@ -39,7 +39,7 @@ export function readJson<T>(file: string): T | undefined {
   }
 }
 
-/** Writes beside the file and renames: a reader sees the old content or the new, never half of it. */
+/** Writes a temporary file and renames it: a reader sees the old or the new content, never a part. */
 export function writeJson(file: string, value: unknown): void {
   writeFileSync(`${file}.new`, `${JSON.stringify(value)}\n`);
   renameSync(`${file}.new`, file);

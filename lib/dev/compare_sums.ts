@@ -1,16 +1,16 @@
 import type { Database } from "../database.ts";
 
-/** Sums that must agree, and counts that must be 0: reservations and direct changes make the ledger, the ledger the balances. */
+/** Sums that must agree, and counts that must be 0. Reservations and direct changes add up to the ledger, the ledger to the balances. */
 export interface Sums {
-  /** What the reservations that are DONE have granted. */
+  /** The points of all DONE reservations. */
   reservations: bigint;
-  /** What was added and subtracted without a reservation. */
+  /** The points of all direct changes. */
   direct: bigint;
   ledger: bigint;
   balances: bigint;
   /** Users whose balance is not the sum of their ledger entries. */
   balanceMismatches: number;
-  /** Reservations that are DONE without a ledger entry, or have one without being DONE. */
+  /** DONE reservations without a ledger entry, and other reservations with one. */
   reservationMismatches: number;
   /** Ledger entries older than their reservation's `execute_at`. */
   early: number;
@@ -37,9 +37,9 @@ const COMPARE_SUMS = `/* compare_sums */ select
     where t.created_at < r.execute_at) early`;
 
 /**
- * Compares DONE reservations, ledger and balances, all as of one moment. Reads the three tables completely.
+ * Compares DONE reservations, ledger and balances in one snapshot. Reads the three tables completely.
  *
- * @param options.workMs how long that may take, in milliseconds
+ * @param options.workMs the longest time for this, in milliseconds
  */
 export async function compareSums(database: Database, options?: { workMs: number }): Promise<Sums> {
   type Row = Record<Exclude<keyof Sums, "agree">, string | number>;

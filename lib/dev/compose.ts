@@ -8,7 +8,7 @@ import { freePorts } from "./servers.ts";
 
 const DOCKER_WITHIN_MS = 2_000;
 
-/** Whether there is an engine and a compose plugin. A client without an engine may hang: it gets 2 s. */
+/** Whether a Docker engine and the compose plugin are available. A client without an engine may hang: it gets 2 s. */
 export async function dockerAnswers(): Promise<boolean> {
   const options = { timeoutMs: DOCKER_WITHIN_MS };
   const [engine, plugin] = await Promise.all([
@@ -18,7 +18,7 @@ export async function dockerAnswers(): Promise<boolean> {
   return engine.code === 0 && engine.stdout.trim() !== "" && plugin.code === 0;
 }
 
-/** Resolves when both serve. Containers that run keep their ports. */
+/** Resolves when both servers are ready. Running containers keep their ports. */
 export async function startCompose(options: ServicesOptions): Promise<Services> {
   const { say, signal } = options;
   // The settings of docker-compose.yml with their defaults. Another clone may have taken those ports.
@@ -30,7 +30,7 @@ export async function startCompose(options: ServicesOptions): Promise<Services> 
     process.env[name] || String((running ?? free)[i]),
   ]);
   const up = ["up", "--wait", "mysql", "rabbitmq"];
-  if (!running) say("starting MySQL and RabbitMQ with docker compose (the first time it downloads them)");
+  if (!running) say("starting MySQL and RabbitMQ with docker compose (the first time, it downloads them)");
   const started = await whileSaying("waiting for docker compose up", say, () =>
     compose(up, options, Object.fromEntries(ports)),
   );
@@ -49,19 +49,19 @@ export async function stopCompose(options: ServicesOptions): Promise<void> {
   if (stopped.code !== 0) throw new Error(`docker compose stop failed:\n${stopped.output.trim()}`);
 }
 
-/** The containers of the clone, where both serve now. */
+/** The services in the clone's containers; undefined if they are not ready. */
 export async function runningCompose(options: ServicesOptions): Promise<Services | undefined> {
   const [mysql = 0, amqp = 0] = (await runningPorts(options)) ?? [];
   if (!mysql || !(await answersMysql(mysql)) || !(await answersAmqp(amqp))) return undefined;
   return {
-    // root, as its user `pointservice` may not create databases.
+    // As root, since the user `pointservice` cannot create databases.
     databaseUrl: `mysql://root:pointservice@127.0.0.1:${mysql}/pointservice`,
     amqpUrl: `amqp://pointservice:pointservice@127.0.0.1:${amqp}`,
     origin: "docker compose",
   };
 }
 
-/** The ports of 127.0.0.1 at which the clone's containers listen, in the order of the settings. */
+/** The ports of the clone's containers on 127.0.0.1, in the order of the settings. */
 export async function runningPorts(options: ServicesOptions): Promise<number[] | undefined> {
   const ports = [];
   for (const [service, port] of [
@@ -81,7 +81,7 @@ async function compose(
   env: Record<string, string> = {},
 ): Promise<CommandResult> {
   const root = rootOf(options);
-  // A project for each clone: by default it is named after the folder, and clones' folders often have the same name.
+  // One project per clone: the default name is that of the folder, and the folders of clones often have the same name.
   const project = `pointservice-${createHash("sha256").update(root).digest("hex").slice(0, 8)}`;
   return await runCommand(["docker", "compose", ...args], {
     cwd: root,

@@ -1,4 +1,4 @@
-/** The demonstration: reserves some grants a little ahead, and watches them until they are granted. */
+/** The demonstration: makes reservations for the next seconds, and shows them until they are granted. */
 import type { Database } from "../database.ts";
 import { sleep } from "../loop.ts";
 import { compareSums, type Sums } from "./compare_sums.ts";
@@ -11,10 +11,10 @@ const REQUEST_MS = 30_000;
 const DRAW_MS = 100;
 /** How long after the last `execute_at` to wait for the last grant. */
 const GRACE_MS = 60_000;
-/** The part of the time before the first `execute_at`, so that reserving is finished by then. */
+/** The fraction of the time before the first `execute_at`: all reservations must be made by then. */
 const LEAD = 0.2;
 
-/** A reservation, as the demonstration shows it. */
+/** A reservation in the demonstration. */
 export interface DemoRow {
   user_id: string;
   point_amount: number;
@@ -24,7 +24,7 @@ export interface DemoRow {
   late_ms: number | null;
 }
 
-/** The balance of a user, and what it must be. */
+/** The balance of a user, and the expected balance. */
 export interface DemoBalance {
   userId: string;
   promised: number;
@@ -36,11 +36,11 @@ export interface DemoOptions extends Pick<Stack, "apiUrl" | "signal"> {
   count: number;
   seconds: number;
   say: (line: string) => void;
-  /** Called again and again with all reservations. */
+  /** Called repeatedly with all reservations. */
   onRows: (rows: readonly DemoRow[]) => void;
 }
 
-/** What the demonstration has seen at its end. */
+/** The result of the demonstration. */
 export interface DemoResult {
   rows: DemoRow[];
   balances: DemoBalance[];
@@ -52,7 +52,7 @@ export async function demonstrate(options: DemoOptions): Promise<DemoResult | un
   const { database, count, seconds, signal, say, onRows } = options;
   const run = crypto.randomUUID().replaceAll("-", "").slice(0, 8);
   const users = Math.min(MAX_USERS, Math.ceil(count / 2));
-  say(`reserving ${count} grants for ${users} users, within ${seconds} s`);
+  say(`reservations: ${count}, users: ${users}, all due within ${seconds} s`);
   const startsAt = Date.now();
   const promised = await reserve(options, { run, users, startsAt });
   const endsAt = startsAt + seconds * 1_000 + GRACE_MS;
@@ -116,7 +116,7 @@ function readRows(database: Database, run: string): Promise<DemoRow[]> {
   );
 }
 
-/** The balances, as the API shows them. */
+/** Reads the balances through the API. */
 function readBalances({ apiUrl }: DemoOptions, promised: Map<string, number>): Promise<DemoBalance[]> {
   return Promise.all(
     [...promised].map(async ([userId, points]) => {

@@ -1,4 +1,4 @@
-/** Installing MySQL and RabbitMQ with apt-get, without starting any service of the machine. */
+/** Installs MySQL and RabbitMQ with apt-get, without starting a service of the machine. */
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { findMysqld, findRabbitmq } from "./binaries.ts";
@@ -12,22 +12,22 @@ const POLICY_FILE = "/usr/sbin/policy-rc.d";
 const POLICY =
   "#!/bin/sh\n# pointservice: no service starts while `bun run services` installs packages\nexit 101\n";
 
-/** Also where a run was killed in the midst of it: the policy file must go, once apt-get is through. */
+/** Whether servers are missing, or a killed run has left its policy file, which must be removed after apt-get. */
 export function mustInstall(): boolean {
   return !findServerBinaries() || (process.getuid?.() === 0 && isOurPolicy());
 }
 
-/** Installs what is missing, as root of Debian or Ubuntu, without starting any service of the machine. */
+/** Installs missing servers, as root on Debian or Ubuntu, without starting a service of the machine. */
 export async function install({ say, signal }: ServicesOptions): Promise<void> {
   const missing = [findMysqld() ? "" : "mysqld or mariadbd", findRabbitmq() ? "" : "rabbitmq-server"];
   if (process.getuid?.() !== 0 || !Bun.which("apt-get")) {
     throw new Error(`No DATABASE_URL and AMQP_URL, no Docker engine with the compose plugin, and no ${missing.filter(Boolean).join(", no ")} on this machine. One of these helps:
   - set DATABASE_URL=mysql://user:password@host:3306/database and AMQP_URL=amqp://user:password@host:5672
   - start Docker
-  - install mysqld or mariadbd, and rabbitmq-server (root of Debian or Ubuntu has it done; macOS: brew install mariadb rabbitmq)`);
+  - install mysqld or mariadbd, and rabbitmq-server (as root on Debian or Ubuntu, this command installs them; on macOS: brew install mariadb rabbitmq)`);
   }
   say("no Docker engine, and not both servers on this machine: installing MariaDB and RabbitMQ with apt-get");
-  // One at a time on the whole machine, or one run would take away the policy file that another still needs.
+  // One run at a time on the whole machine: otherwise one run could remove the policy file that another still needs.
   await withLock(
     "/run/pointservice-install.sqlite",
     async () => {
@@ -36,12 +36,12 @@ export async function install({ say, signal }: ServicesOptions): Promise<void> {
     {
       say,
       signal,
-      waiting: "waiting for another run that is installing them",
+      waiting: "waiting for another run that installs them",
       deadlineMs: 2 * APT_WITHIN_MS,
     },
   );
   if (!findServerBinaries())
-    throw new Error("apt-get is done, but mysqld or rabbitmq-server is still not to be found");
+    throw new Error("apt-get has finished, but mysqld or rabbitmq-server is still missing");
 }
 
 async function installPackages({ say, signal }: ServicesOptions): Promise<void> {
@@ -59,7 +59,7 @@ async function installPackages({ say, signal }: ServicesOptions): Promise<void> 
     ];
     const env = { ...process.env, DEBIAN_FRONTEND: "noninteractive", LC_ALL: "C" };
     for (;;) {
-      // On SIGINT apt-get finishes the package in hand: killed, it would leave a half-installed one.
+      // On SIGINT apt-get finishes the current package: if killed, it would leave a half-installed one.
       const result = await runCommand(command, { env, signal, abortWith: "SIGINT" });
       signal?.throwIfAborted();
       const locked = /could not get lock|unable to (lock|acquire)/i.test(result.output);
@@ -86,11 +86,11 @@ async function installPackages({ say, signal }: ServicesOptions): Promise<void> 
   } finally {
     if (ours) rmSync(POLICY_FILE, { force: true });
   }
-  // The package has enabled its service, which would run from the next boot on.
+  // The package has enabled its service, which would start at the next boot.
   if (newRabbitmq && Bun.which("systemctl")) await runCommand(["systemctl", "disable", "rabbitmq-server"]);
 }
 
-/** The server without its service, and what `mariadb-install-db` needs; older releases have the version in the name. */
+/** The server without its service, and the tools that `mariadb-install-db` needs; older releases have the version in the name. */
 async function mysqlPackages(): Promise<string[]> {
   for (const version of ["", "-10.6", "-10.5"]) {
     const packages = [`mariadb-server-core${version}`, `mariadb-client-core${version}`];
@@ -99,7 +99,7 @@ async function mysqlPackages(): Promise<string[]> {
   return ["mysql-server-core"];
 }
 
-/** Forbids packages to start their services (see invoke-rc.d(8)). @returns whether the file is ours to remove */
+/** Prevents packages from starting their services (see invoke-rc.d(8)). @returns whether this run must remove the file */
 function writePolicy(): boolean {
   try {
     writeFileSync(POLICY_FILE, POLICY, { flag: "wx", mode: 0o755 });

@@ -1,10 +1,10 @@
-/** A lock on this machine that outlives no process. */
+/** A lock on this machine that ends with its process. */
 import { Database } from "bun:sqlite";
 import { setTimeout as sleep } from "node:timers/promises";
 
 /** Options for {@link withLock}. */
 export interface LockOptions {
-  /** Called once, with `waiting`, when somebody else holds the lock. */
+  /** Called once, with `waiting`, if another process holds the lock. */
   say: (line: string) => void;
   waiting: string;
   signal?: AbortSignal | undefined;
@@ -13,10 +13,10 @@ export interface LockOptions {
 }
 
 /**
- * Runs `work` while holding the lock on `file`, which is created if need be.
+ * Runs `work` while holding the lock on `file`, which is created if necessary.
  *
- * The lock is SQLite's write lock on an empty database: the kernel drops it with the process that holds it, so a
- * holder that was killed leaves nothing to clean up. We poll, as SQLite's own busy timeout would block the event loop.
+ * The lock is SQLite's write lock on an empty database: the kernel releases it when the holder ends, so a killed
+ * holder leaves nothing to clean up. It is polled, since SQLite's own busy timeout would block the event loop.
  */
 export async function withLock<T>(file: string, work: () => Promise<T>, options: LockOptions): Promise<T> {
   const deadlineMs = options.deadlineMs ?? 5 * 60_000;

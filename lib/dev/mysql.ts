@@ -1,4 +1,4 @@
-/** MySQL or MariaDB as a server of ours. */
+/** MySQL or MariaDB as a private server. */
 import * as fs from "node:fs";
 import { dirname, join } from "node:path";
 import { createConnection } from "mysql2/promise";
@@ -6,7 +6,7 @@ import { binaryFolders, findExecutable, findMysqld, need, serverEnv } from "./bi
 import { lastLines, MARK, markOf, runCommand } from "./processes.ts";
 import type { Recipe, ServerOptions } from "./recipe.ts";
 
-/** MySQL or MariaDB with database, user and password `pointservice`. `folder` is there, and its path is the real one. */
+/** MySQL or MariaDB with database, user and password `pointservice`. `folder` must exist, with its real path. */
 export function mysqlRecipe({ folder, say }: ServerOptions): Recipe {
   const asUser = process.getuid?.() === 0 ? ["--user=root"] : [];
 
@@ -14,13 +14,13 @@ export function mysqlRecipe({ folder, say }: ServerOptions): Recipe {
     const mysqld = need(findMysqld(), "mysqld or mariadbd");
     const version = (await runCommand([mysqld, "--no-defaults", "--version"])).output;
     const mariadb = /mariadb/i.test(version);
-    // A server must not be let loose on the files of another flavour or version: a folder for each.
+    // A server must not open the files of another product or version: each has its own folder.
     const name = `mysql-${mariadb ? "mariadb" : "oracle"}-${/\d+\.\d+/.exec(version)?.[0] ?? "unknown"}`;
     const data = join(folder, name);
     if (!fs.existsSync(data)) {
       const others = fs.readdirSync(folder).filter((entry) => /^mysql-[a-z]+-[\d.]*\d$/.test(entry));
       if (others.length > 0)
-        say(`starting with empty data in ${name}: ${others.join(", ")} is of another MySQL`);
+        say(`starting with empty data in ${name}; other server versions use ${others.join(", ")}`);
       await initialise({ mysqld, mariadb, data, signal });
     }
     const files = join(folder, "mysql-files");
@@ -34,20 +34,20 @@ grant all privileges on *.* to 'pointservice'@'%';
 `,
     );
     const command = [mysqld, "--no-defaults", ...asUser, `--datadir=${data}`, `--init-file=${initFile}`];
-    // Relative to the data folder, and so short: the path of a socket is cut at 107 bytes.
+    // Relative to the data folder, to keep it short: the path of a socket is cut at 107 bytes.
     command.push("--socket=mysql.sock", "--pid-file=mysqld.pid");
     command.push("--bind-address=127.0.0.1", `--port=${port}`, "--skip-name-resolve");
     command.push("--innodb-flush-log-at-trx-commit=1", "--skip-log-bin", `--secure-file-priv=${files}`);
-    // With the defaults, 128 MB and 96 MB, a million reservations would measure the disk: the memory is taken as it is
-    // needed, and with a small log each page is written out again and again (0.65 × the grants per second, with 2,000,000
-    // finished reservations on MariaDB 10.11).
+    // With the defaults of 128 MB and 96 MB, a benchmark with a million reservations would measure the disk. The server
+    // allocates memory on demand. With a small log it writes each page repeatedly (0.65 × the grants per second, with
+    // 2,000,000 finished reservations on MariaDB 10.11).
     command.push("--innodb-buffer-pool-size=1G", "--innodb-io-capacity=2000");
     command.push(mariadb ? "--innodb-log-file-size=512M" : "--innodb-redo-log-capacity=512M");
     if (!mariadb) command.push("--mysqlx=OFF");
     return { command };
   }
 
-  /** Makes a folder beside and renames it: a run that is killed here leaves no half-made data folder. */
+  /** Makes a temporary folder and renames it: a killed run leaves no incomplete data folder. */
   async function initialise(options: {
     mysqld: string;
     mariadb: boolean;
@@ -71,7 +71,7 @@ grant all privileges on *.* to 'pointservice'@'%';
     const made = await runCommand([...command, `--datadir=${fresh}`, ...asUser], { env, signal });
     signal?.throwIfAborted();
     if (made.code !== 0) {
-      throw new Error(`MySQL's data folder could not be made by ${command[0]}:\n${lastLines(made.output)}`);
+      throw new Error(`${command[0]} could not make MySQL's data folder:\n${lastLines(made.output)}`);
     }
     fs.renameSync(fresh, data);
   }
@@ -86,7 +86,7 @@ grant all privileges on *.* to 'pointservice'@'%';
   };
 }
 
-/** Whether a server with our database and user serves there. */
+/** Whether a server on this port accepts our user and has our database. */
 export async function answersMysql(port: number): Promise<boolean> {
   const login = { user: "pointservice", password: "pointservice", database: "pointservice" };
   try {

@@ -3,7 +3,7 @@ import { existsSync } from "node:fs";
 import { type Services, type ServicesOptions, servicesFolder } from "./clone.ts";
 import { mysqlServer, rabbitmqServer, startPrivateServers } from "./servers.ts";
 
-/** Resolves when both serve. */
+/** Resolves when both servers are ready. */
 export async function startPrivate(options: ServicesOptions): Promise<Services> {
   const folder = servicesFolder(options);
   if (!(await runningPrivate(folder))) options.say("starting MySQL and RabbitMQ in .services");
@@ -11,7 +11,7 @@ export async function startPrivate(options: ServicesOptions): Promise<Services> 
   return { databaseUrl: mysql.url, amqpUrl: rabbitmq.url, origin: "private servers in .services" };
 }
 
-/** Stops those that run and keeps their data. */
+/** Stops the running servers, and keeps their data. */
 export async function stopPrivate(options: ServicesOptions): Promise<void> {
   const server = { folder: servicesFolder(options), say: options.say };
   const servers = [mysqlServer(server), rabbitmqServer(server)];
@@ -19,7 +19,7 @@ export async function stopPrivate(options: ServicesOptions): Promise<void> {
   await Promise.all(servers.map((each) => each.stop()));
 }
 
-/** The servers in the folder, where both serve now. */
+/** The services in the folder; undefined if they are not ready. */
 export async function runningPrivate(folder: string): Promise<Services | undefined> {
   if (!existsSync(folder)) return undefined;
   const server = { folder, say: () => undefined };

@@ -1,8 +1,8 @@
-/** Processes of this machine: running a command, ending a process, and finding those that are ours. */
+/** Processes of this machine: runs commands, ends processes, and finds the processes of private servers. */
 import { execFileSync, spawn } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 
-/** What came of a command: `code` is null if it was killed or could not be run. */
+/** The result of a command: `code` is null if it was killed or could not be run. */
 export interface CommandResult {
   code: number | null;
   stdout: string;
@@ -10,7 +10,7 @@ export interface CommandResult {
   output: string;
 }
 
-/** Runs a command to its end; never throws. At `timeoutMs` it and all of its children are killed. */
+/** Runs a command until it ends; never throws. After `timeoutMs` it is killed, with all its children. */
 export async function runCommand(
   command: string[],
   options: {
@@ -18,7 +18,7 @@ export async function runCommand(
     cwd?: string | undefined;
     timeoutMs?: number;
     signal?: AbortSignal | undefined;
-    /** Sent when `signal` is aborted, for a command that must tidy up. Default: SIGKILL, to the children as well. */
+    /** Sent when `signal` is aborted, for a command that must clean up. Default: SIGKILL, also to the children. */
     abortWith?: "SIGINT";
   } = {},
 ): Promise<CommandResult> {
@@ -28,7 +28,7 @@ export async function runCommand(
   const { promise, resolve } = Promise.withResolvers<CommandResult>();
   let stdout = "";
   let output = "";
-  // A session of its own: killed as a whole, and out of reach of a Ctrl-C at the terminal.
+  // In its own session: it can be killed as a whole, and a Ctrl-C at the terminal does not reach it.
   const child = spawn(file, args, { detached: true, env, cwd, stdio: ["ignore", "pipe", "pipe"] });
   child.stdout.on("data", (chunk) => {
     stdout += chunk;
@@ -59,21 +59,21 @@ export function lastLines(text: string): string {
   return text.trimEnd().split("\n").slice(-20).join("\n");
 }
 
-/** Sends a signal; a process (or, negative, a group) that has gone is no error. */
+/** Sends a signal to a process or, if `pid` is negative, to a group; ignores one that has ended. */
 export function kill(pid: number, signal: NodeJS.Signals): void {
   try {
     process.kill(pid, signal);
   } catch {}
 }
 
-/** When the process started, in the system's own notation; empty if there is no such process. */
+/** The start time of a process, in the format of the system; empty if there is no such process. */
 export function startOf(pid: number): string {
   try {
     if (process.platform !== "linux") {
       return execFileSync("ps", ["-o", "lstart=", "-p", String(pid)], { encoding: "utf8" }).trim();
     }
     const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-    // Fields are counted behind the command's closing bracket, as the command itself may hold spaces and brackets.
+    // Fields are counted after the closing bracket of the command, which may contain spaces and brackets.
     const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
     return fields[0] === "Z" ? "" : (fields[19] ?? "");
   } catch {
@@ -81,12 +81,12 @@ export function startOf(pid: number): string {
   }
 }
 
-/** Whether all of a process has ended, a zombie included. */
+/** Whether a process has ended with all its threads; a zombie counts as ended. */
 export function hasEnded(pid: number): boolean {
   try {
     if (process.platform !== "linux") return !process.kill(pid, 0);
     const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-    // Threads may outlive the first one, and hold the ports and files for as long.
+    // Threads may outlive the first one, and keep ports and files open.
     return (
       stat.slice(stat.lastIndexOf(")") + 2).startsWith("Z") && readdirSync(`/proc/${pid}/task`).length <= 1
     );
@@ -95,15 +95,15 @@ export function hasEnded(pid: number): boolean {
   }
 }
 
-/** Our servers carry this environment variable, and so does every process that they start. */
+/** Private servers have this environment variable, and so has every process that they start. */
 export const MARK = "POINTSERVICE_SERVER";
 
-/** The mark of the server of that name in that folder. */
+/** The mark of a server, by its folder and name. */
 export function markOf(folder: string, name: string): string {
   return `${folder}:${name}`;
 }
 
-/** The processes that carry the mark, wherever they were moved to: what is found here is ours to kill. */
+/** The processes that have the mark. They belong to a private server, and may be killed. */
 export function processesMarked(mark: string): { pid: number; command: string }[] {
   const wanted = `${MARK}=${mark}`;
   if (process.platform !== "linux") {
@@ -124,7 +124,7 @@ export function processesMarked(mark: string): { pid: number; command: string }[
   return found;
 }
 
-/** Does `work`, saying `line` every 10 s with the time it has taken. */
+/** Runs `work`, and prints `line` with the elapsed time every 10 s. */
 export async function whileSaying<T>(
   line: string,
   say: (line: string) => void,

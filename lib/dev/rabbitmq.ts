@@ -1,4 +1,4 @@
-/** RabbitMQ as a server of ours. */
+/** RabbitMQ as a private server. */
 import * as fs from "node:fs";
 import { connect } from "node:net";
 import { join } from "node:path";
@@ -6,13 +6,13 @@ import { findRabbitmq, need } from "./binaries.ts";
 import type { Recipe } from "./recipe.ts";
 
 /**
- * RabbitMQ with its default user `guest` and an epmd of its own: the machine's, if any, is not touched.
- * `folder` is there, and its path is the real one.
+ * RabbitMQ with its default user `guest` and its own epmd: it does not use that of the machine. `folder` must exist, with its
+ * real path.
  */
 export function rabbitmqRecipe(folder: string): Recipe {
   async function prepare([port, distribution, epmd]: number[]) {
     const script = need(findRabbitmq(), "rabbitmq-server");
-    // A folder for each version: RabbitMQ refuses upgrades that skip versions, and the broker's data is disposable.
+    // One folder per version: RabbitMQ refuses upgrades that skip versions, and the broker's data is disposable.
     const version = /rabbitmq[^/]*[-_/](\d+\.\d+)/.exec(fs.realpathSync(script))?.[1] ?? "unknown";
     const base = join(folder, `rabbitmq-${version}`);
     fs.mkdirSync(join(base, "home"), { recursive: true });
@@ -22,7 +22,7 @@ export function rabbitmqRecipe(folder: string): Recipe {
     fs.writeFileSync(join(base, "env.conf"), "");
     const env = {
       HOME: join(base, "home"),
-      // Constant, as the data is kept under this name. It clashes with no other node: each has its own epmd.
+      // Constant, since the data is stored under this name. It conflicts with no other node: each has its own epmd.
       RABBITMQ_NODENAME: "pointservice@localhost",
       RABBITMQ_DIST_PORT: String(distribution),
       ERL_EPMD_PORT: String(epmd),
@@ -34,7 +34,7 @@ export function rabbitmqRecipe(folder: string): Recipe {
       RABBITMQ_PID_FILE: join(base, "rabbitmq.pid"),
       RABBITMQ_ENABLED_PLUGINS_FILE: join(base, "enabled_plugins"),
       RABBITMQ_CONFIG_FILE: join(base, "rabbitmq.conf"),
-      // These would otherwise be the machine's, in /etc/rabbitmq, which are meant for the machine's own server.
+      // Otherwise RabbitMQ would read the files of the machine's own server in /etc/rabbitmq.
       RABBITMQ_CONF_ENV_FILE: join(base, "env.conf"),
       RABBITMQ_ADVANCED_CONFIG_FILE: join(base, "advanced.config"),
       RABBITMQ_CONFIG_FILES: join(base, "conf.d"),
@@ -52,7 +52,7 @@ export function rabbitmqRecipe(folder: string): Recipe {
   };
 }
 
-/** Says hello in AMQP 0-9-1; a broker answers with a method frame (type 1), connection.start. */
+/** Sends the AMQP 0-9-1 header; a broker answers with a method frame (type 1), connection.start. */
 export function answersAmqp(port: number): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
   const socket = connect({ host: "127.0.0.1", port }, () => socket.write("AMQP\x00\x00\x09\x01"));

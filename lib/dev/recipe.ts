@@ -1,12 +1,12 @@
-/** What a server of ours is made from. */
+/** The recipe of a private server. */
 
-/** Where a server lives, and who hears of it. */
+/** The folder of a server, and the function that receives its messages. */
 export interface ServerOptions {
   folder: string;
   say: (line: string) => void;
 }
 
-/** What differs between the two servers. */
+/** The differences between the two servers. */
 export interface Recipe {
   name: "MySQL" | "RabbitMQ";
   portCount: number;
@@ -14,7 +14,7 @@ export interface Recipe {
   main: RegExp;
   url(port: number): string;
   answers(port: number): Promise<boolean>;
-  /** Makes the data folder if need be, and says how to start the server on it. */
+  /** Makes the data folder if necessary, and returns the command that starts the server. */
   prepare(
     ports: number[],
     signal?: AbortSignal,

@@ -1,4 +1,4 @@
-/** Private MySQL and RabbitMQ servers: started, watched and stopped by us, all their files in one folder. */
+/** Private MySQL and RabbitMQ servers: starts, watches and stops them; all their files are in one folder. */
 import { spawn } from "node:child_process";
 import * as fs from "node:fs";
 import { createServer } from "node:net";
@@ -14,21 +14,21 @@ import type { Recipe, ServerOptions } from "./recipe.ts";
 const READY_WITHIN_MS = 120_000;
 const STOP_WITHIN_MS = 30_000;
 
-/** One server of ours. Its ports are chosen at the first start and kept for as long as nobody else takes them. */
+/** A private server. Its ports are chosen at the first start, and kept as long as they stay free. */
 export interface Server {
-  /** Where it listens; meaningful once it has been started. */
+  /** Its address; valid after the first start. */
   readonly url: string;
-  /** Resolves when it serves. Does nothing if it already does. */
+  /** Resolves when it is ready. Does nothing if it already is. */
   start(signal?: AbortSignal): Promise<void>;
-  /** Resolves when none of its processes is left. SIGTERM is followed by SIGKILL after 30 s. */
+  /** Resolves when all its processes have ended. After 30 s, SIGKILL follows SIGTERM. */
   stop(signal?: "SIGTERM" | "SIGKILL"): Promise<void>;
-  /** The main process (mysqld, or the Erlang machine), whichever run started it. */
+  /** The main process (mysqld, or the Erlang virtual machine), even if another run has started it. */
   pid(): number | undefined;
-  /** Whether it runs and serves now. */
+  /** Whether it runs and answers. */
   answers(): Promise<boolean>;
 }
 
-/** A pair of servers of one's own in `folder`, on free ports, both ready. Needs the binaries on this machine. */
+/** Starts a private pair of servers in `folder`, on free ports. Needs their programs on this machine. */
 export async function startPrivateServers(
   options: ServerOptions & { signal?: AbortSignal | undefined },
 ): Promise<{ mysql: Server; rabbitmq: Server; stop(): Promise<void> }> {
@@ -41,7 +41,7 @@ export async function startPrivateServers(
   const starts = await Promise.allSettled([mysql.start(options.signal), rabbitmq.start(options.signal)]);
   const failed = starts.find((start) => start.status === "rejected");
   if (failed) {
-    // What ran before may have other users, who can do without us.
+    // Servers that ran before may have other users: they keep running.
     const begun = [mysql, rabbitmq].filter((server) => !ran.includes(server));
     await Promise.all(begun.map((server) => server.stop()));
     throw failed.reason;
@@ -49,13 +49,13 @@ export async function startPrivateServers(
   return { mysql, rabbitmq, stop };
 }
 
-/** The MySQL or MariaDB whose files are in the folder, or will be. */
+/** The MySQL or MariaDB of a folder. */
 export function mysqlServer({ folder, say }: ServerOptions): Server {
   const own = makeFolder(folder);
   return ownServer(own, say, mysqlRecipe({ folder: own, say }));
 }
 
-/** The RabbitMQ whose files are in the folder, or will be. */
+/** The RabbitMQ of a folder. */
 export function rabbitmqServer({ folder, say }: ServerOptions): Server {
   const own = makeFolder(folder);
   return ownServer(own, say, rabbitmqRecipe(own));
@@ -86,7 +86,7 @@ function ownServer(folder: string, say: (line: string) => void, recipe: Recipe):
   }
 
   async function start(signal?: AbortSignal): Promise<void> {
-    // A run that was killed while it stopped the server: that may answer once more, and then be gone.
+    // A run was killed while it stopped the server: the server may still answer, and end then.
     if (record().stopping) await stop();
     for (let triesLeft = 2; ; triesLeft--) {
       const foreign = pid() !== undefined;
@@ -108,14 +108,14 @@ function ownServer(folder: string, say: (line: string) => void, recipe: Recipe):
 
   /** @returns whether the process has ended */
   async function launch(signal?: AbortSignal): Promise<() => boolean> {
-    await stop("SIGKILL"); // helpers of a server that died, or that was never seen to start
+    await stop("SIGKILL"); // leftover processes of a server that died or did not start
     const ports = await freePorts(recipe.portCount, record().ports);
     writeJson(recordFile, { ports });
     const { command, env } = await recipe.prepare(ports, signal);
     signal?.throwIfAborted();
     const [file = "", ...args] = command;
     const log = fs.openSync(logFile, "w");
-    // A session of its own, so that a Ctrl-C at the terminal does not reach it.
+    // In its own session, so that a Ctrl-C at the terminal does not reach it.
     const child = spawn(file, args, {
       detached: true,
       cwd: folder,
@@ -155,7 +155,7 @@ function ownServer(folder: string, say: (line: string) => void, recipe: Recipe):
       const giveUpAt = Date.now() + STOP_WITHIN_MS;
       while (Date.now() < giveUpAt && !hasEnded(main)) await sleep(50);
     }
-    // What is left has nothing to save: epmd and the Erlang machine's helpers. Again, as they may just be forking.
+    // The rest has no data to save: epmd and the helpers of the Erlang virtual machine. Repeat, as they may be forking.
     const killed = new Set(main === undefined ? [] : [main]);
     for (let left = processesMarked(mark); left.length > 0; left = processesMarked(mark)) {
       for (const { pid } of left) {
@@ -164,7 +164,7 @@ function ownServer(folder: string, say: (line: string) => void, recipe: Recipe):
       }
       await sleep(20);
     }
-    // A process loses its environment, by which we find it, before it lets go of its ports and files.
+    // A process loses its environment, which identifies it, before it closes its ports and files.
     while (![...killed].every(hasEnded)) await sleep(20);
     writeJson(recordFile, { ports });
   }
@@ -180,7 +180,7 @@ function ownServer(folder: string, say: (line: string) => void, recipe: Recipe):
   };
 }
 
-/** Both servers' programs on this machine; undefined if one is missing. */
+/** The programs of both servers on this machine; undefined if one is missing. */
 export function findServerBinaries(): { mysqld: string; rabbitmq: string } | undefined {
   const mysqld = findMysqld();
   const rabbitmq = findRabbitmq();
@@ -188,10 +188,10 @@ export function findServerBinaries(): { mysqld: string; rabbitmq: string } | und
 }
 
 /**
- * Ports of 127.0.0.1 that are free: those of `wanted` where they are, else others.
+ * Free ports of 127.0.0.1: those of `wanted` that are free, and others instead of the rest.
  *
- * They lie below the range of outgoing connections (from 32768 on Linux): one of those, even that of a client which tries
- * to reach the stopped server, could otherwise sit on a server's port when it comes back.
+ * They are below the range of outgoing connections (from 32768 on Linux): otherwise an outgoing connection, even of a client
+ * that tries to reach the stopped server, could hold the server's port when it restarts.
  */
 export async function freePorts(count: number, wanted: number[] = []): Promise<number[]> {
   const ports: number[] = [];

@@ -1,4 +1,4 @@
-/** Finds MySQL and RabbitMQ, or starts them, and stops what was started when its last user ends. */
+/** Finds or starts MySQL and RabbitMQ, and stops started servers when their last user ends. */
 import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -12,10 +12,10 @@ import { type Kind, readUsers, thisProcess, type User, writeUsers } from "./user
 const RELEASE_WITHIN_MS = 60_000;
 
 /**
- * Finds or starts MySQL and RabbitMQ, and registers this process as a user of what it started. The last user's
- * `release()` stops the servers, or says within a minute that they do not stop; a user that was killed no longer counts.
+ * Finds or starts MySQL and RabbitMQ, and registers this process as a user of the started servers. The last user's
+ * `release()` stops the servers, or reports after a minute that they do not stop. A killed user no longer counts.
  *
- * @throws Error saying what can be done, if nothing is found and nothing can be started
+ * @throws {Error} if no servers are found and none can be started; the message says what to do
  */
 export async function acquireServices(
   options: ServicesOptions,
@@ -26,7 +26,7 @@ export async function acquireServices(
 async function acquireAs(makeUser: (kind: Kind) => User, options: ServicesOptions) {
   const given = givenServices();
   if (given) return { ...given, release: async () => undefined };
-  // Undoing and releasing are finished even if the signal is the reason for them.
+  // Undo and release must finish even if the signal is their reason.
   const unstoppable = { ...options, signal: undefined };
   const folder = servicesFolder(options);
   mkdirSync(folder, { recursive: true, mode: 0o700 });
@@ -53,14 +53,14 @@ async function acquireAs(makeUser: (kind: Kind) => User, options: ServicesOption
     released ??= underLock(unstoppable, leave);
     const late = sleep(RELEASE_WITHIN_MS, "late", { ref: false });
     if ((await Promise.race([released, late])) === "late") {
-      options.say("MySQL and RabbitMQ do not stop; `bun run services down` tries again");
+      options.say("MySQL and RabbitMQ do not stop; run `bun run services down` to try again");
     }
   }
   options.say(`MySQL and RabbitMQ: ${services.origin}`);
   return { ...services, release };
 }
 
-/** The services that a run in this clone would use now, without starting any; undefined if there are none. */
+/** The running services that a run in this clone would use; undefined if there are none. Starts nothing. */
 export async function findRunning(options: ServicesOptions): Promise<Services | undefined> {
   const here = givenServices() ?? (await runningPrivate(servicesFolder(options)));
   return here ?? ((await dockerAnswers()) ? await runningCompose(options) : undefined);
@@ -75,7 +75,7 @@ function givenServices(): Services | undefined {
 }
 
 function underLock<T>(options: ServicesOptions, work: () => Promise<T>): Promise<T> {
-  const waiting = "waiting for another run that is starting or stopping the services";
+  const waiting = "waiting for another run that starts or stops the services";
   return withLock(join(servicesFolder(options), "lock.sqlite"), work, { ...options, waiting });
 }
 
@@ -83,7 +83,7 @@ async function stop(kind: Kind, options: ServicesOptions): Promise<void> {
   await (kind === "docker" ? stopCompose(options) : stopPrivate(options));
 }
 
-/** Starts both servers, or finds them, and leaves them running until `stopServices()`. */
+/** Finds or starts both servers, and leaves them running until `stopServices()`. */
 export function keepServices(options: ServicesOptions): Promise<Services> {
   return acquireAs((kind) => ({ id: "up", kind, pid: 0, started: "" }), options);
 }
@@ -97,7 +97,9 @@ export async function stopServices(options: ServicesOptions): Promise<void> {
     writeUsers(folder, users);
     if (users.length > 0) {
       const pids = users.map(({ pid }) => pid).join(", ");
-      return options.say(`MySQL and RabbitMQ are still used by process ${pids}, and stop when it ends`);
+      return options.say(
+        `MySQL and RabbitMQ are still in use (process ids: ${pids}); they stop when the last of these processes ends`,
+      );
     }
     await stop("private", options);
     if ((await dockerAnswers()) && (await runningPorts(options))) await stop("docker", options);

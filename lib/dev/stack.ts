@@ -1,4 +1,4 @@
-/** The three processes as children of one: what `dev` and `demo` have in common. */
+/** Runs the three processes as children of one process, for `dev` and `demo`. */
 import { join } from "node:path";
 import { migrate } from "../../sql/migrate.ts";
 import { readConfig } from "../config.ts";
@@ -10,37 +10,37 @@ const NAMES = ["api", "scheduler", "worker"] as const;
 export type Name = (typeof NAMES)[number];
 const PORTS = { api: "PORT", scheduler: "SCHEDULER_PORT", worker: "WORKER_PORT" } as const;
 
-/** How long a process may take to serve its port. */
+/** The longest time until a process serves its port, in milliseconds. */
 const START_MS = 20_000;
-/** How long a process may take to end: a little more than the 10 s that it promises. */
+/** The longest time until a process ends, in milliseconds: a little more than the 10 s that it promises. */
 const STOP_MS = 12_000;
-/** A Ctrl-C may come twice, from the terminal and from npm, which passes it on: one that comes later is a second one. */
+/** One Ctrl-C may arrive twice, from the terminal and from npm. A signal after this time, in milliseconds, is a second one. */
 const REPEATED_MS = 1_000;
 
 export interface StackOptions {
-  /** Settings of the children, beside the environment. */
+  /** Settings of the children, in addition to the environment. */
   env: Record<string, string>;
-  /** The children listen on their usual ports if those are free; false: on any. */
+  /** True: the children listen on their usual ports if those are free; false: on any free ports. */
   usualPorts: boolean;
   say: (line: string) => void;
-  /** Gets each line that a child logs. */
+  /** Called with each line that a child logs. */
   onLog: (name: Name, line: string) => void;
-  /** Called when a child ends before it was told to, with the signal or the exit code. */
+  /** Called with the signal or the exit code if a child ends unexpectedly. */
   onExit: (name: Name, how: string) => void;
 }
 
 export interface Stack {
   databaseUrl: string;
   amqpUrl: string;
-  /** Where the API answers, e.g. `http://127.0.0.1:1323`. */
+  /** The URL of the API, e.g. `http://127.0.0.1:1323`. */
   apiUrl: string;
-  /** Aborted when somebody wants this to end. */
+  /** Aborted when this process must end. */
   signal: AbortSignal;
 }
 
 /**
- * Finds or starts MySQL and RabbitMQ, migrates, starts api, scheduler and worker, runs `main`, and stops all that it
- * started, whatever happens.
+ * Finds or starts MySQL and RabbitMQ, migrates, starts api, scheduler and worker, and runs `main`. Always stops everything that
+ * it has started.
  *
  * @returns the exit code that `main` returns; 129, 130 or 143 if a signal ended it
  */
@@ -66,7 +66,7 @@ export async function runWithStack(
   process.on("SIGTERM", () => end(143));
   process.on("SIGHUP", () => end(129));
   const parent = process.ppid;
-  // A parent that was killed cannot tell: nobody would be there to stop the children.
+  // A killed parent cannot send a signal: without this check, the children would keep running.
   const watch = setInterval(() => process.ppid !== parent && !stop.signal.aborted && end(143), 500);
 
   let services: Awaited<ReturnType<typeof acquireServices>> | undefined;
@@ -103,7 +103,7 @@ export async function runWithStack(
 }
 
 interface Child {
-  /** Where it answers, or undefined if it was stopped before. */
+  /** Its URL; undefined if it was stopped before. */
   served: Promise<string | undefined>;
   stop(): Promise<void>;
   kill(): void;
@@ -122,12 +122,12 @@ function startChild(
     stdin: "ignore",
     stdout: "pipe",
     stderr: "pipe",
-    // In a session of its own: Ctrl-C reaches it once, through us; a second signal would cut short what is in hand.
+    // In its own session: Ctrl-C reaches it once, through this process; a second signal would interrupt its work.
     detached: true,
   });
   const { promise: served, resolve, reject } = Promise.withResolvers<string | undefined>();
   const timer = setTimeout(
-    () => reject(new Error(`${name} does not serve its port within ${START_MS} ms`)),
+    () => reject(new Error(`${name} did not serve its port within ${START_MS} ms`)),
     START_MS,
   );
   let lastLine = "";
@@ -164,7 +164,7 @@ function startChild(
   };
 }
 
-/** The port that the settings name, or 0 if it is taken. */
+/** The port of the settings, or 0 if it is in use. */
 function portFor(name: Name, say: (line: string) => void): string {
   const setting = PORTS[name];
   const { HOST, [setting]: port } = readConfig(Bun.env, ["HOST", setting]);
@@ -173,12 +173,12 @@ function portFor(name: Name, say: (line: string) => void): string {
     Bun.listen({ hostname: HOST, port, socket: { data() {} } }).stop(true);
     return String(port);
   } catch {
-    say(`port ${port} is taken, so ${name} takes a free one`);
+    say(`port ${port} is in use, so ${name} uses a free one`);
     return "0";
   }
 }
 
-/** A field of a line of JSON; undefined if there is none. */
+/** A field of a line of JSON; undefined if it is missing. */
 export function fieldOf(line: string, field: string): string | undefined {
   try {
     const value = JSON.parse(line)[field];

@@ -1,21 +1,21 @@
-/** Who uses the services of a clone: the last user to go stops them. */
+/** The users of the services of a clone: the last one to end stops them. */
 import { join } from "node:path";
 import { readJson, writeJson } from "./clone.ts";
 import { startOf } from "./processes.ts";
 
-/** What a user's servers run in. */
+/** How the servers of a user run. */
 export type Kind = "docker" | "private";
 
-/** One user of the services: a process, or `services up` (id `up`, pid 0), which lives until `services down`. */
+/** One user of the services: a process, or `services up` (id `up`, pid 0), which lasts until `services down`. */
 export interface User {
   id: string;
   kind: Kind;
   pid: number;
-  /** When the process started: with it, a pid that the system gave out again is not taken for the old process. */
+  /** The start time of the process: it distinguishes the process from a later one with the same pid. */
   started: string;
 }
 
-/** The users that are alive. Those whose process has gone are left out. */
+/** The users whose process still runs. */
 export function readUsers(folder: string): User[] {
   const users = readJson<User[]>(join(folder, "users.json")) ?? [];
   return users.filter(
@@ -23,7 +23,7 @@ export function readUsers(folder: string): User[] {
   );
 }
 
-/** Replaces the list of users. Call it under the lock. */
+/** Replaces the list of users. The caller must hold the lock. */
 export function writeUsers(folder: string, users: User[]): void {
   writeJson(join(folder, "users.json"), users);
 }

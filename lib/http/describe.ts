@@ -3,7 +3,7 @@ import { DomainError, explain } from "../errors.ts";
 import { idempotencyKeyField, objectSchema, optional } from "../field.ts";
 import { titleOf } from "./problem.ts";
 
-// What a route says of itself: the description at /openapi, and the types of a client.
+// The description of a route: for /openapi, and for the types of a client.
 
 export const Time = Type.String({ format: "date-time", description: "RFC 3339 in UTC, with milliseconds" });
 export const Uuid = Type.String({ format: "uuid" });
@@ -16,7 +16,7 @@ export function orNull<T extends TSchema>(schema: T, description: string) {
 
 export const NextCursor = orNull(
   Type.String(),
-  "for the parameter `cursor` of the next page; null on the last page",
+  "the value of `cursor` for the next page; null on the last page",
 );
 
 /** An error as RFC 9457 defines it. */
@@ -24,12 +24,14 @@ export const Problem = Type.Object({
   type: Type.String({ examples: ["about:blank"] }),
   title: Type.String(),
   status: Type.Integer({ description: "the HTTP status" }),
-  detail: Type.String({ description: "for people: what, which rule and which value" }),
-  errors: Type.Array(Type.String(), { description: "one sentence per broken rule; they do not change" }),
+  detail: Type.String({ description: "for people: what failed, which rule and which value" }),
+  errors: Type.Array(Type.String(), {
+    description: "one sentence per broken rule; these sentences are stable",
+  }),
   request_id: Type.Optional(Type.String({ description: "also in the log and in the header X-Request-Id" })),
 });
 
-/** What becomes the schema's type as JSON: times may be `Date`s. */
+/** A value that has the schema's type after it is written as JSON: times may be `Date`s. */
 export type Outgoing<T> = T extends string
   ? string extends T
     ? T | Date
@@ -38,7 +40,7 @@ export type Outgoing<T> = T extends string
     ? { [Field in keyof T]: Outgoing<T[Field]> }
     : T;
 
-/** A request that can be sent as it is. */
+/** A complete request. */
 export interface ExampleRequest {
   params?: Record<string, string>;
   query?: Record<string, string | number>;
@@ -46,12 +48,12 @@ export interface ExampleRequest {
   body?: unknown;
 }
 
-/** A request, and the body of its answer. */
+/** A request and the body of its answer. */
 export interface Example extends ExampleRequest {
   answer: unknown;
 }
 
-/** One answer of a route: its schema, and requests that get it. */
+/** One answer of a route: its schema, and examples of requests that get it. */
 export interface Answer<Schema extends TSchema = TSchema> {
   schema: Schema;
   description: string;
@@ -81,7 +83,7 @@ export interface Refusal<Schema extends TSchema = TSchema> extends Omit<Answer<S
   examples: Record<string, RefusedExample>;
 }
 
-/** Describes a problem that a route answers with. */
+/** Describes a problem that a route returns. */
 export function refusal(
   description: string,
   examples?: Record<string, RefusedExample>,
@@ -99,7 +101,7 @@ export function refusal(
   return { schema, description, examples };
 }
 
-/** An example of a refusal, whose error comes from running the route's own rule on the request. */
+/** An example of a refusal. Running the route's own rule on the request gives the error. */
 export function refused<Request extends ExampleRequest>(
   request: Request,
   rule: (request: Request) => unknown,
@@ -113,17 +115,17 @@ export function refused<Request extends ExampleRequest>(
   throw new Error(`An example breaks no rule: ${JSON.stringify(request)}`);
 }
 
-/** The refusals that any route may answer with. */
+/** The refusals that any route may return. */
 export const UNAVAILABLE = {
   500: {
-    ...refusal("An unforeseen error"),
-    headers: { "X-Request-Id": "the id under which the log has more" },
+    ...refusal("An unexpected error"),
+    headers: { "X-Request-Id": "the id of the error in the log" },
   },
   503: {
     ...refusal(
-      "MySQL does not answer, or more requests wait than can be served in time. Send the same request again after the seconds of Retry-After; with an idempotency key it has no second effect",
+      "MySQL does not answer, or too many requests are waiting. Send the same request again after the time in Retry-After; with an idempotency key it has no second effect",
     ),
-    headers: { "Retry-After": "seconds", "X-Request-Id": "the id under which the log has more" },
+    headers: { "Retry-After": "seconds to wait", "X-Request-Id": "the id of the error in the log" },
   },
 };
 
@@ -137,9 +139,11 @@ export const NO_JSON = {
 export const NO_BODY = { ...NO_JSON, 413: refusal("The body is larger than 64 KiB") };
 
 /** The header of an answer to a request that was sent before. */
-export const REPLAYED = { "Idempotent-Replayed": "`true` if the same request came before; else left out" };
+export const REPLAYED = {
+  "Idempotent-Replayed": "`true` if the same request was sent before; otherwise left out",
+};
 
-/** The header that says whether a request came before. */
+/** The header that shows whether the same request was sent before. */
 export function replayed(outcome: string): Record<string, string> {
   return outcome === "replayed" ? { "idempotent-replayed": "true" } : {};
 }
@@ -156,7 +160,7 @@ export interface RouteDescription<
   params?: Params;
   query?: Query;
   body?: Body;
-  /** Whether the header `Idempotency-Key` counts. */
+  /** Whether the route accepts the header `Idempotency-Key`. */
   takesKey?: boolean;
   answers: Answers;
   refusals: Refusals;
@@ -165,8 +169,8 @@ export interface RouteDescription<
 const KEY_HEADER = objectSchema({ "idempotency-key": optional(idempotencyKeyField) });
 
 /**
- * Makes the description for OpenAPI and the types of a client. The routes parse their input themselves, since the fields
- * have a sentence for each rule; the description shows the schemas of the same fields.
+ * Makes the description for OpenAPI and the types of a client. The routes parse their input themselves, since each rule of a
+ * field has its own sentence; the description shows the schemas of the same fields.
  */
 export function describe<
   Answers extends Record<number, Answer>,
@@ -206,13 +210,13 @@ export function describe<
       }),
     ),
   };
-  // Elysia would validate with its own sentences if it got the schemas. Without any schema of the path's parameters, its
-  // plugin would replace all parameters by bare names.
+  // With these schemas, Elysia would validate with its own sentences. Without any schema of the path's parameters, its plugin
+  // would replace all parameters by bare names.
   return { parse: "none", detail, ...(params && { params: Type.Any() }) } as unknown as {
     detail: object;
     params: Params;
     query: Query;
-    // A body of `never` would be required of every client.
+    // With a body of `never`, every client would have to send one.
     body: [Body] extends [never] ? TUnknown : Body;
     response: SchemasOf<Answers> & SchemasOf<Refusals> & Omit<NeverAnswered, keyof Answers | keyof Refusals>;
   };

@@ -5,7 +5,7 @@ import { DatabaseError } from "../database_errors.ts";
 import { DomainError, type DomainErrorCode, describeError, explain } from "../errors.ts";
 import { HttpError, problem } from "./problem.ts";
 
-/** A code that is not here concerns no client: 500. */
+/** A code that is missing here does not concern clients: 500. */
 export const STATUS: Partial<Record<DomainErrorCode, number>> = {
   INVALID_INPUT: 400,
   NOT_FOUND: 404,
@@ -13,7 +13,7 @@ export const STATUS: Partial<Record<DomainErrorCode, number>> = {
   IDEMPOTENCY_CONFLICT: 422,
 };
 
-/** The answer to anything that a route throws. An error that is not of the domain shows nothing of the inside. */
+/** The answer to anything that a route throws. Only errors of the domain show their text. */
 export function answerError(error: unknown, logger: Logger): Response {
   if (error instanceof HttpError) {
     return problem(error.status, error.message, { errors: [error.sentence], headers: error.headers });
@@ -31,7 +31,7 @@ export function answerError(error: unknown, logger: Logger): Response {
   if (isBusy) {
     return problem(
       503,
-      "The service cannot answer now; the same request with the same idempotency key may be sent again",
+      "The service cannot answer now; send the same request with the same idempotency key again",
       {
         errors: ["service is unavailable"],
         headers: { "x-request-id": requestId, "retry-after": "1" },
@@ -39,7 +39,7 @@ export function answerError(error: unknown, logger: Logger): Response {
       },
     );
   }
-  return problem(500, "Unforeseen error; the log has more under this request id", {
+  return problem(500, "Unexpected error; the log has the details under this request id", {
     errors: ["internal error"],
     headers: { "x-request-id": requestId },
     requestId,

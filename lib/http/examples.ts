@@ -1,4 +1,4 @@
-// Ids and times of the examples. An id stands for a reservation of the reader's own, in the state that its name says.
+// Ids and times of the examples. The name of an id gives the state of its reservation.
 
 export const PENDING_ID = "01a20990-e435-753e-b29b-6ac429ed0c37";
 export const PROCESSING_ID = "01a20990-e436-7a01-9c55-1f0c6e1b7d02";

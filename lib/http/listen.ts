@@ -25,16 +25,16 @@ export function listen({ hostname, port, fetch, logger }: ListenOptions): Server
     return Bun.serve({
       hostname,
       port,
-      // Otherwise two processes could share a port, and a forgotten one would take half of the requests.
+      // Otherwise two processes could share a port, and a forgotten one would get half of the requests.
       reusePort: false,
-      // Bun's own 413 has no body. Our handler refuses a body far smaller than this, with a problem.
+      // Bun's own 413 has no body. Our handler has a far smaller limit, and answers with a problem.
       maxRequestBodySize: Number.MAX_SAFE_INTEGER,
       idleTimeout: 30,
-      // Bun's page for errors would show our code.
+      // Bun's error page would show source code.
       development: false,
       error(error) {
         logger.error({ error: describeError(error) }, "request failed");
-        return problem(500, "Unforeseen error", { errors: ["internal error"] });
+        return problem(500, "Unexpected error", { errors: ["internal error"] });
       },
       fetch(request) {
         if (URL.canParse(request.url)) return fetch(request);

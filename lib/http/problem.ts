@@ -32,14 +32,14 @@ export function titleOf(status: number): string {
   return TITLES[status] ?? "Error";
 }
 
-/** What a problem says beside its status and detail. */
+/** The contents of a problem besides its status and detail. */
 export interface ProblemOptions {
   /** One sentence per broken rule. */
   errors: string[];
   headers?: Record<string, string>;
-  /** Finds the details in the log. */
+  /** The id of the error in the log. */
   requestId?: string;
-  /** Members beyond those of the RFC, for programs. */
+  /** Members in addition to those of the RFC, for programs. */
   facts?: Record<string, unknown> | undefined;
 }
 

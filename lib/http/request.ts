@@ -8,11 +8,11 @@ import { HttpError } from "./problem.ts";
 const MAX_BODY_BYTES = 64 * 1024;
 /** The longest time that a body may take to arrive, in milliseconds. */
 const BODY_MS = 10_000;
-/** The limits of requests that go to MySQL together. */
+/** The limits of requests that are combined into one batch for MySQL. */
 export const BATCHING = {
-  /** At 256 connections, batches of 128 made 1.0 ×, of 64 0.8 × the reservations of this. */
+  /** At 256 connections, batches of 128 reached 1.0 × and batches of 64 reached 0.8 × the reservations of this. */
   maxBatch: 500,
-  /** More are refused with 503, since their answers would come too late. */
+  /** More are refused with 503, since their answers would be too late. */
   maxWaiting: 10_000,
   /** A request that no batch has taken after this time is refused with 503. */
   maxWaitMs: 5_000,
@@ -54,7 +54,7 @@ async function readBytes(request: Request, maxBytes: number): Promise<Uint8Array
   const chunks: Uint8Array[] = [];
   let bytes = 0;
   try {
-    // The server reads no more than the header says; reading in one piece costs a quarter of reading in parts.
+    // The server reads no more bytes than the header names; reading them at once costs a quarter of reading in chunks.
     if (request.headers.has("content-length")) return await request.bytes();
     for await (const chunk of request.body ?? []) {
       bytes += chunk.byteLength;
@@ -104,10 +104,10 @@ export function noRoute(request: Request, routes: readonly { method: string; pat
     )
     .flatMap(({ method }) => (method === "GET" ? ["GET", "HEAD"] : [method]));
   if (methods.length === 0) {
-    return new HttpError(404, "route not found", `There is nothing at ${showValue(pathname)}`);
+    return new HttpError(404, "route not found", `No route has the path ${showValue(pathname)}`);
   }
   const allow = [...new Set(methods)].join(", ");
-  return new HttpError(405, "method not allowed", `${pathname} takes ${allow}: received ${request.method}`, {
+  return new HttpError(405, "method not allowed", `${pathname} allows ${allow}: received ${request.method}`, {
     allow,
   });
 }

@@ -10,7 +10,7 @@ import {
   pointTransactions as transactions,
 } from "../schema.ts";
 
-/** The balance of a user, or undefined if the user never got points. */
+/** The balance of a user, or undefined if the user has never received points. */
 export async function findBalance(database: Database, userId: string): Promise<BalanceRow | undefined> {
   const [balance] = await database.run(({ drizzle }) =>
     drizzle("find_balance").select().from(pointRoot).where(eq(pointRoot.userId, userId)),
@@ -18,24 +18,24 @@ export async function findBalance(database: Database, userId: string): Promise<B
   return balance;
 }
 
-/** The balance of a user, and what is still to come. */
+/** The balance of a user, and the points still to be granted. */
 export interface Holdings {
   pointNum: bigint;
-  /** When the balance changed last; null if it never did. */
+  /** When the balance last changed; null if it has never changed. */
   updatedAt: Date | null;
-  /** The sum of what is neither granted, nor failed, nor cancelled. */
+  /** The sum of the open reservations: those that are PENDING or PROCESSING. */
   reservedPointNum: bigint;
-  /** When the next of it is due; null if nothing is to come. */
+  /** When the next open reservation is due; null if there is none. */
   nextExecuteAt: Date | null;
 }
 
-/** What a user has and will have, or undefined if the user has no balance and no reservation to come. */
+/** The holdings of a user, or undefined if the user has no balance and no open reservation. */
 export async function findHoldings(database: Database, userId: string): Promise<Holdings | undefined> {
   const [found] = await database.run((connection) => {
     const drizzle = connection.drizzle("find_holdings");
     const toCome = drizzle
       .select({
-        // MySQL gives a SUM of integers as text.
+        // MySQL returns a SUM of integers as text.
         points: sql<bigint>`coalesce(sum(${reservations.pointAmount}), 0)`.mapWith(BigInt).as("points"),
         nextAt: sql<Date | null>`min(${reservations.executeAt})`
           .mapWith(reservations.executeAt)
@@ -44,7 +44,7 @@ export async function findHoldings(database: Database, userId: string): Promise<
       .from(reservations)
       .where(isToCome(userId))
       .as("to_come");
-    // One statement, hence one snapshot: what is granted meanwhile is in one of the two sums, never in both or none.
+    // One statement, hence one snapshot: a concurrent grant is in one of the two sums, never in both or in none.
     return drizzle
       .select({
         pointNum: pointRoot.pointNum,
@@ -60,8 +60,8 @@ export async function findHoldings(database: Database, userId: string): Promise<
 }
 
 /**
- * The balance that a user had at a time, by the ledger, and when the last change before it was; undefined if the user is
- * not known today either. A time in the future gives today's balance.
+ * The balance of a user at a time, by the ledger, and when it had last changed; undefined if the user has no balance and no open
+ * reservation today. A time in the future gives the current balance.
  */
 export async function findBalanceAt(
   database: Database,
@@ -83,7 +83,7 @@ export async function findBalanceAt(
   return isThere ? sum : undefined;
 }
 
-/** Whether a user has a balance or a reservation to come; adds nothing up. */
+/** Whether a user has a balance or an open reservation. */
 async function isKnown(database: Database, userId: string): Promise<boolean> {
   const rows = await database.run((connection) => {
     const drizzle = connection.drizzle("is_known");
@@ -127,7 +127,7 @@ export async function listTransactions(
         reservationId: transactions.reservationId,
         campaign: reservations.campaign,
       })
-      // MariaDB would read all newer entries of the user, and all of the user's reservations.
+      // Without the index hints, MariaDB would read all newer entries of the user, and all of the user's reservations.
       .from(transactions, { forceIndex: "point_transactions_user" })
       .leftJoin(reservations, eq(reservations.id, transactions.reservationId), { forceIndex: "PRIMARY" })
       .where(

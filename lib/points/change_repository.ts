@@ -5,30 +5,30 @@ import { pointRoot, pointTransactions } from "../schema.ts";
 import { insertLedgerEntries, sumByUser, upsertBalances } from "./ledger_repository.ts";
 import { MAX_POINT_NUM, type PointTransaction } from "./point.ts";
 
-/** What became of a direct change of points. */
+/** The outcome of a direct change of points. */
 export type ChangeOutcome =
   | "changed"
-  /** The same key came with the same content before; nothing was changed again. */
+  /** The key was used before, with the same content; nothing was changed again. */
   | "replayed"
-  /** The same key came with other content before. */
+  /** The key was used before, with other content. */
   | "conflict"
   /** The balance is less than the points to subtract. */
   | "too_few"
-  /** The balance would be more than it can hold. */
+  /** The balance would be too large to store. */
   | "too_many"
-  /** Points are to be subtracted from somebody who never got any. */
+  /** Points cannot be subtracted, since the user has never received any. */
   | "unknown_user"
-  /** Somebody else, a grant for instance, has locked the balance. */
+  /** Another transaction, for instance a grant, has locked the balance. */
   | "busy";
 
-/** How often a batch is tried if others have used its keys meanwhile. */
+/** How often a batch is tried if other transactions use its keys meanwhile. */
 const MAX_TRIES = 3;
 
 /**
- * Adds to balances and subtracts from them, with a ledger entry for each change, in one transaction. A refused change
- * affects only itself; each change sees the balance that those before it in the batch have left.
+ * Adds points to balances and subtracts points from them, with a ledger entry for each change, in one transaction. A refused
+ * change does not affect the others; each change sees the balance after the changes before it in the batch.
  *
- * @param options.wait whether to wait for a balance that somebody else has locked; else its changes are `busy` and not done
+ * @param options.wait whether to wait for a locked balance; otherwise its changes are `busy`, and are not made
  */
 export async function changePoints(
   database: Database,
@@ -39,7 +39,7 @@ export async function changePoints(
     try {
       return await database.transaction((transaction) => changeTogether(transaction, batch, { wait }));
     } catch (error) {
-      // Somebody else has used a key since it was looked up: the next try finds its entry.
+      // Another transaction has used a key since it was looked up: the next try finds its entry.
       const mayPass = error instanceof DatabaseError && error.kind === "duplicate";
       if (!mayPass || attempt === MAX_TRIES) throw error;
     }
@@ -89,7 +89,7 @@ async function changeTogether(
   return outcomes;
 }
 
-/** Locks balances in the order of their users, as the grant does; users without a balance are left out. */
+/** Locks balances in the order of their users, as the grant does. The result has no users without a balance. */
 async function lockBalances(
   transaction: Transaction,
   userIds: string[],
@@ -98,7 +98,7 @@ async function lockBalances(
   const rows = await transaction
     .drizzle("lock_balances")
     .select({ userId: pointRoot.userId, pointNum: pointRoot.pointNum })
-    // MariaDB would read a small table from end to end, and wait for rows that nobody asked for.
+    // Without the index hint, MariaDB would scan a small table, and wait for locks on other rows.
     .from(pointRoot, { forceIndex: "PRIMARY" })
     .where(inArray(pointRoot.userId, userIds))
     .orderBy(asc(pointRoot.userId))
@@ -106,7 +106,7 @@ async function lockBalances(
   return new Map(rows.map(({ userId, pointNum }) => [userId, pointNum]));
 }
 
-/** Users whose balance is there, but could not be locked. */
+/** Users whose balance exists, but could not be locked. */
 async function findLocked(
   transaction: Transaction,
   userIds: string[],
@@ -122,7 +122,7 @@ async function findLocked(
   return new Set(rows.map(({ userId }) => userId));
 }
 
-/** The direct changes that came with these keys before, by their keys. */
+/** Earlier direct changes with these keys, by their keys. */
 async function findChanges(
   transaction: Transaction,
   batch: readonly PointTransaction[],
@@ -137,7 +137,7 @@ async function findChanges(
   return new Map(rows.map((row) => [row.idempotencyKey, row]));
 }
 
-/** Not by the upsert: MySQL would check the row that it does not insert, whose points may be negative. */
+/** Adds to existing balances. Not an upsert: MySQL would check the row that it does not insert, which may be negative. */
 async function addToKnown(
   transaction: Transaction,
   sums: readonly (readonly [string, number])[],

@@ -5,9 +5,9 @@ import { type LedgerRow, pointTransactions } from "../schema.ts";
 import type { PointTransaction } from "./point.ts";
 
 /**
- * Adds entries to the ledger and to the balances. At least one entry.
+ * Adds entries to the ledger and to the balances. Needs at least one entry.
  *
- * @throws {DatabaseError} `duplicate` if a key has its entry already, `out_of_range` if a balance would overflow
+ * @throws {DatabaseError} `duplicate` if a key already has an entry, `out_of_range` if a balance would overflow
  */
 export async function addPointsIdempotent(
   transaction: Transaction,
@@ -17,7 +17,7 @@ export async function addPointsIdempotent(
   await upsertBalances(transaction, [...sumByUser(entries)]);
 }
 
-/** Adds entries to the ledger only. At least one. */
+/** Adds entries only to the ledger. Needs at least one entry. */
 export async function insertLedgerEntries(
   transaction: Transaction,
   entries: readonly PointTransaction[],
@@ -38,13 +38,13 @@ export async function insertLedgerEntries(
   );
 }
 
-/** Adds to balances, and makes those that are not there yet. */
+/** Adds to balances, and creates missing ones. */
 export async function upsertBalances(transaction: Transaction, sums: [string, number][]): Promise<void> {
   if (sums.length === 0) return;
   await transaction.execute(
     `/* upsert_balances */ insert into point_root (user_id, point_num) values ?
      on duplicate key update point_num = point_num + values(point_num)`,
-    // Sorted by user: two workers that lock balances in different orders deadlock.
+    // Sorted by user: two workers that lock balances in different orders would deadlock.
     [sums.toSorted(([a], [b]) => (a < b ? -1 : 1))],
   );
 }

@@ -11,7 +11,7 @@ import {
 } from "../field.ts";
 import { ENTRY_KINDS, type EntryKind } from "../schema.ts";
 
-/** Who holds points. Case matters: `User1` and `user1` are two users. */
+/** The id of a user. Case matters: `User1` and `user1` are two users. */
 export const userIdField = field(
   Type.String({
     pattern: "^[A-Za-z0-9]{1,20}$",
@@ -50,7 +50,7 @@ export const pointAmountField = amountField(
   "point amount",
 );
 
-/** What made a ledger entry. */
+/** The origin of a ledger entry. */
 export const EntryKindName = Type.Unsafe<EntryKind>(
   Type.Union(
     ENTRY_KINDS.map((kind) => Type.Literal(kind)),
@@ -58,9 +58,9 @@ export const EntryKindName = Type.Unsafe<EntryKind>(
   ),
 );
 
-/** One entry of the ledger: it is added once and never changed. */
+/** One entry of the ledger. It is added once and never changed. */
 export interface PointTransaction {
-  /** A grant has its reservation's key; grants and direct changes never collide. */
+  /** A grant has the key of its reservation. The keys of grants and direct changes are separate. */
   idempotencyKey: string;
   userId: Static<typeof userIdField.schema>;
   /** Negative if points are subtracted. */
@@ -81,7 +81,7 @@ export const pointChangeFields = {
 };
 
 /**
- * Makes a ledger entry of a client's direct change of points.
+ * Makes the ledger entry for a client's direct change of points.
  *
  * @param input the parsed body, of any shape
  * @throws {DomainError} INVALID_INPUT, with every broken rule

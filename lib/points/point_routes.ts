@@ -26,7 +26,7 @@ import {
   userIdField,
 } from "./point.ts";
 
-/** `PUT /point/add`, `PUT /point/sub` and `GET /point/confirm`, in the words of the Go original. */
+/** `PUT /point/add`, `PUT /point/sub` and `GET /point/confirm`, in the format of the Go original. */
 export function pointRoutes({ database }: { database: Database }) {
   const change = pointChanger(database);
   return new Elysia()
@@ -53,7 +53,7 @@ function refusedBy(what: string, sentence: string, explanation: string): DomainE
 }
 
 function unknownUser(what: string, userId: string): DomainError {
-  return refusedBy(what, "user not found", `the user ${userId} never got any`);
+  return refusedBy(what, "user not found", `the user ${userId} has never received points`);
 }
 
 // ---- PUT /point/add and PUT /point/sub
@@ -61,7 +61,7 @@ function unknownUser(what: string, userId: string): DomainError {
 const MESSAGES = { add: "point updated", sub: "point subtracted" };
 
 function pointChanger(database: Database) {
-  // A balance that somebody else has locked must not delay those of others: its changes wait apart.
+  // A locked balance must not delay the changes of other users: its changes wait in a separate queue.
   const change = coalesce(
     (batch: PointTransaction[]) => changePoints(database, batch, { wait: false }),
     BATCHING,
@@ -93,8 +93,8 @@ function refusedChange(
     case "unknown_user":
       return unknownUser(what, userId);
     case "busy":
-      // A change that waits for the lock on its balance gets it.
-      throw new Error("A change that waits for its balance found it busy");
+      // A change that waits for the lock of its balance gets it.
+      throw new Error("A change that waited for its balance is still busy");
     case "too_few":
       return refusedBy(what, "points must be greater than 0", `the balance of ${userId} would fall below 0`);
     case "too_many":
@@ -107,7 +107,7 @@ function refusedChange(
 }
 
 const KEYS =
-  "The same `idempotency_key` (field or header) with the same content has no second effect and gets the same answer, with the header `Idempotent-Replayed: true`. Additions and subtractions share their keys; the keys of reservations are separate.";
+  "A request with the same `idempotency_key` (field or header) and the same content has no second effect; it gets the same answer, with the header `Idempotent-Replayed: true`. Additions and subtractions share their keys; the keys of reservations are separate.";
 const changeSchema = objectSchema(pointChangeFields);
 const NO_CHANGE = {
   ...NO_BODY,
@@ -122,7 +122,7 @@ const NO_CHANGE = {
 
 const ADD = describe({
   summary: "Add points now",
-  description: `Without a reservation: ledger entry and balance in one transaction, once per idempotency key. ${KEYS}`,
+  description: `Changes the balance without a reservation: ledger entry and balance in one transaction, once per idempotency key. ${KEYS}`,
   body: changeSchema,
   takesKey: true,
   answers: {
@@ -137,7 +137,7 @@ const ADD = describe({
     },
   },
   refusals: {
-    400: refusal("Broken rules, all of them at once, or a balance too large to store. Nothing was changed", {
+    400: refusal("The request breaks rules, or the balance would be too large. Nothing was changed", {
       "broken rules": refused({ body: { user_id: "Test-User", point_num: 0 } }, ({ body }) =>
         newPointChange(body, { kind: "add" }),
       ),
@@ -148,7 +148,7 @@ const ADD = describe({
 
 const SUB = describe({
   summary: "Subtract points now",
-  description: `A negative ledger entry and the balance, in one transaction. A balance never falls below 0. ${KEYS}`,
+  description: `Changes the balance at once: a negative ledger entry and the balance in one transaction, once per idempotency key. A balance never falls below 0. ${KEYS}`,
   body: changeSchema,
   takesKey: true,
   answers: {
@@ -163,8 +163,8 @@ const SUB = describe({
     },
   },
   refusals: {
-    400: refusal("Broken rules, an unknown user, or not enough points. Nothing was changed", {
-      "more than there are": {
+    400: refusal("The request breaks rules, or the user has too few points. Nothing was changed", {
+      "more points than the balance": {
         body: { user_id: "TestUser01", point_num: 1000 },
         error: refusedChange({ userId: "TestUser01", pointAmount: -1000 }, "too_few"),
       },
@@ -182,8 +182,8 @@ const SUB = describe({
 const confirmFields = { user_id: userIdField };
 
 const CONFIRM = describe({
-  summary: "A balance in the original's words",
-  description: "The user id comes in the query. `GET /users/{user_id}/points` says more.",
+  summary: "Get a balance in the format of the Go original",
+  description: "The user id is in the query. `GET /users/{user_id}/points` returns more details.",
   query: objectSchema(confirmFields),
   answers: {
     200: answer(Messages, "The balance", {
@@ -194,8 +194,8 @@ const CONFIRM = describe({
     }),
   },
   refusals: {
-    400: refusal("The user id breaks a rule, or the user never got points", {
-      "a user id that is none": refused({ query: { user_id: "Test-User" } }, ({ query }) =>
+    400: refusal("The user id breaks a rule, or the user has never received points", {
+      "not a user id": refused({ query: { user_id: "Test-User" } }, ({ query }) =>
         parseFields(confirmFields, query, { what: "query" }),
       ),
       "an unknown user": {

@@ -78,13 +78,13 @@ const Balance = Type.Object({
   user_id: userIdField.schema,
   point_num: Type.Integer({ description: BIG }),
   reserved_point_num: Type.Optional(
-    Type.Integer({ description: `the sum still to be granted; left out if \`at\` is given; ${BIG}` }),
+    Type.Integer({ description: `the sum of the open reservations; left out if \`at\` is given; ${BIG}` }),
   ),
   next_execute_at: Type.Optional(
-    orNull(Time, "when the next of it is due; null if nothing is to be granted; left out if `at` is given"),
+    orNull(Time, "when the next open reservation is due; null if there is none; left out if `at` is given"),
   ),
   at: Type.Optional(Time),
-  updated_at: orNull(Time, "when the balance changed last; null if it never did"),
+  updated_at: orNull(Time, "when the balance last changed; null if it has never changed"),
 });
 
 function balanceOf(userId: string, holdings: Holdings): Outgoing<Static<typeof Balance>> {
@@ -105,13 +105,13 @@ function balanceAtOf(
 }
 
 function unknownUser(userId: string): DomainError {
-  return notFound("user not found", `the user ${userId} never got points, and none are to be granted`);
+  return notFound("user not found", `the user ${userId} has no balance and no open reservation`);
 }
 
 const READ_BALANCE = describe({
-  summary: "The points of a user, and those still to be granted",
+  summary: "Get a balance, and the points still to be granted",
   description:
-    "`reserved_point_num` is the sum of all reservations that are PENDING or PROCESSING. With `at`: the balance at that time, by the ledger. Entries that are being committed can still change the balance of the last 30 seconds; a time in the future gives today's balance.",
+    "`reserved_point_num` is the sum of the open reservations: those that are PENDING or PROCESSING. With `at`, the answer has the balance at that time, by the ledger. Transactions that are not committed yet can still change the balance at times within the last 30 seconds. A time in the future gives the current balance.",
   params: userParams,
   query: objectSchema(balanceFields),
   answers: {
@@ -134,14 +134,14 @@ const READ_BALANCE = describe({
     }),
   },
   refusals: {
-    400: refusal("Broken rules, all of them at once", {
+    400: refusal("The request breaks rules", {
       ...NO_USER_ID,
-      "a day is no time": refused(
+      "a day instead of a time": refused(
         { params: { user_id: "TestUser01" }, query: { at: "2026-01-01" } },
         ({ query }) => parseFields(balanceFields, query, { what: "query" }),
       ),
     }),
-    404: refusal("The user has no balance, and nothing is to be granted", {
+    404: refusal("The user has no balance and no open reservation", {
       unknown: { params: { user_id: "Nobody" }, error: unknownUser("Nobody") },
     }),
     ...UNAVAILABLE,
@@ -155,12 +155,12 @@ const Transaction = Type.Object({
   kind: EntryKindName,
   point: Type.Integer({ description: "negative if points were subtracted" }),
   reservation_id: orNull(Uuid, "the reservation that was granted; null for a direct change"),
-  campaign: orNull(Type.String(), "the reservation's"),
+  campaign: orNull(Type.String(), "the campaign of the reservation; null if there is none"),
   idempotency_key: Type.String(),
   created_at: Time,
 });
 const Transactions = Type.Object({
-  transactions: Type.Array(Transaction, { description: "the newest first" }),
+  transactions: Type.Array(Transaction, { description: "newest first" }),
   next_cursor: NextCursor,
 });
 
@@ -177,13 +177,13 @@ function transactionOf(entry: ListedTransaction): Outgoing<Static<typeof Transac
 }
 
 const LIST_TRANSACTIONS = describe({
-  summary: "The ledger entries of a user",
+  summary: "List the ledger entries of a user",
   description:
-    "The newest first, in pages of `limit`; every page costs the same. Each entry of a grant names its reservation. An unknown user has none.",
+    "Newest first, in pages of `limit` entries; every page costs the same. The entry of a grant has the id of its reservation. The list of an unknown user is empty.",
   params: userParams,
   query: objectSchema(pageFields),
   answers: {
-    200: answer(Transactions, "One page", {
+    200: answer(Transactions, "One page of entries", {
       "the newest": {
         params: { user_id: "TestUser01" },
         query: { limit: 2 },
@@ -215,11 +215,10 @@ const LIST_TRANSACTIONS = describe({
     }),
   },
   refusals: {
-    400: refusal("Broken rules, all of them at once", {
+    400: refusal("The request breaks rules", {
       ...NO_USER_ID,
-      "a cursor that is none": refused(
-        { params: { user_id: "TestUser01" }, query: { cursor: "2" } },
-        ({ query }) => parseFields(pageFields, query, { what: "query" }),
+      "not a cursor": refused({ params: { user_id: "TestUser01" }, query: { cursor: "2" } }, ({ query }) =>
+        parseFields(pageFields, query, { what: "query" }),
       ),
     }),
     ...UNAVAILABLE,

@@ -12,7 +12,7 @@ export const bulkFields = {
   reservations: field(
     Type.Array(objectSchema(reservationFields), { minItems: 1, maxItems: MAX_RESERVATIONS }),
     {
-      // The rows have rules of their own.
+      // Each row is checked separately.
       parse: (value, place) =>
         Array.isArray(value) && value.length >= 1 && value.length <= MAX_RESERVATIONS
           ? { value: value as unknown[] }
@@ -24,7 +24,7 @@ export const bulkFields = {
   ),
   mode: field(
     Type.Union([Type.Literal("atomic"), Type.Literal("each")], {
-      description: "`atomic`: all or none; `each`: every row by itself, with one result per row, in order",
+      description: "`atomic`: all or none; `each`: each row by itself, with one result per row, in order",
     }),
     { sentence: "mode must be atomic or each", must: "atomic or each" },
   ),
@@ -40,13 +40,13 @@ export interface BulkReservation {
 }
 
 /**
- * Parses a bulk request. A row without a key gets one from the request's key and its index, or, if the request has no key,
- * from the content of all rows: the same request sent again makes the same reservations.
+ * Parses a bulk request. A row without a key gets one from the request's key and its index or, if the request has no key, from
+ * the content of all rows and its index: the same request sent again makes the same reservations.
  *
  * @param input the parsed body, of any shape
  * @param headerKey the header `Idempotency-Key`
- * @throws {DomainError} INVALID_INPUT, with every broken rule; broken rows throw if the mode is `atomic`, and are among the
- *   rows if it is `each`
+ * @throws {DomainError} INVALID_INPUT, with every broken rule. Broken rows throw if the mode is `atomic`; they are in the result if
+ *   it is `each`
  */
 export function newBulkReservation(input: unknown, headerKey?: string): BulkReservation {
   const { mode, reservations } = parseFields(bulkFields, input, {
@@ -61,7 +61,7 @@ export function newBulkReservation(input: unknown, headerKey?: string): BulkRese
   return {
     mode,
     rows: rows.map((row, index) =>
-      // A client's own key has no colon.
+      // No client's key has a colon.
       "broken" in row || hasKey(row) ? row : { ...row, idempotencyKey: `bulk:${digest}:${index}` },
     ),
   };
@@ -77,7 +77,7 @@ function hasKey({ id, idempotencyKey }: Reservation): boolean {
   return idempotencyKey !== id;
 }
 
-/** The content of the rows in a form of our own, whatever way the client has written it. */
+/** The content of the rows in a canonical form, independent of how the client has written it. */
 function contentOf(rows: readonly BulkRow[]): string {
   return JSON.stringify(
     rows.map((row) => {

@@ -8,9 +8,9 @@ import { answer, describe, refusal, refused, UNAVAILABLE } from "../http/describ
 import { campaignField, parseCampaign } from "./reservation.ts";
 import { type CampaignCounts, cancelCampaign } from "./reservation_repository.ts";
 
-/** Campaigns that are cancelled at once. */
+/** The maximum number of campaigns that are cancelled at once. */
 const MAX_CAMPAIGNS = 2;
-/** How long one request may cancel a campaign, in milliseconds: the answer must come before clients give up. */
+/** How long one request may cancel a campaign, in milliseconds: it must answer before clients time out. */
 const CAMPAIGN_MS = 20_000;
 
 /** `POST /point/campaigns/{campaign}/cancel`. */
@@ -32,10 +32,10 @@ export function campaignRoutes({ database }: { database: Database }) {
 const CampaignCancelled = Type.Object({
   campaign: campaignField.schema,
   cancelled: Type.Integer({ description: "reservations that are CANCELLED now" }),
-  granted: Type.Integer({ description: "reservations that were granted already, and stay so" }),
+  granted: Type.Integer({ description: "reservations that are DONE; they stay granted" }),
   failed: Type.Integer({ description: "reservations that are FAILED; only a retry can still grant them" }),
   open: Type.Integer({
-    description: "reservations left when the time was over: send the same request again",
+    description: "reservations that are still PENDING or PROCESSING: send the same request again",
   }),
 });
 
@@ -50,7 +50,7 @@ function unknownCampaign(campaign: string): DomainError {
 const CANCEL_CAMPAIGN = describe({
   summary: "Cancel a campaign",
   description:
-    "Cancels all of a campaign's reservations that can still be cancelled, 1,000 at a time, then counts the states of all of them, whoever changed them. It stops after 20 seconds: if `open` is not 0, send the same request again. A FAILED reservation stays FAILED. Reservations that are made meanwhile may be missed.",
+    "Cancels all open reservations of the campaign (PENDING or PROCESSING), 1,000 at a time, then counts all its reservations by state. It stops after 20 seconds: if `open` is not 0, send the same request again. A FAILED reservation stays FAILED. Reservations that are made during the request may be missed.",
   params: objectSchema({ campaign: campaignField }),
   answers: {
     200: answer(CampaignCancelled, "The number of reservations in each state", {

@@ -3,7 +3,7 @@ import type { Database, Transaction } from "../database.ts";
 import { type ReservationStatus, pointReservations as reservations } from "../schema.ts";
 import type { Reservation } from "./reservation.ts";
 
-// The statements of the hot path are raw: Drizzle takes 5 ms to build one with 1,000 ids, mysql2 a tenth of that.
+// The statements of the hot path are raw SQL: Drizzle takes 5 ms to build one with 1,000 ids, mysql2 a tenth of that.
 
 const CLAIM_DUE = `/* claim_due */ select id, user_id userId, point_amount pointAmount, execute_at executeAt,
     idempotency_key idempotencyKey, campaign, timestampdiff(microsecond, scan_at, now(3)) div 1000 lateMs
@@ -28,10 +28,10 @@ export interface ClaimedReservation extends Reservation {
 }
 
 /**
- * PENDING or PROCESSING → PROCESSING, in the order of `scan_at`, for what is due by the database's clock. No other scan
- * takes the rows until the lease ends; skips rows that another scan is claiming.
+ * PENDING or PROCESSING → PROCESSING, in the order of `scan_at`, for reservations that are due by the database's clock. No
+ * other scan claims the rows until the lease ends. Skips rows that another scan has locked.
  *
- * @param options.limit the most rows
+ * @param options.limit the maximum number of rows
  * @param options.leaseMs how long the claim holds; a row that is not DONE by then is claimed again
  */
 export async function claimDue(
@@ -46,15 +46,15 @@ export async function claimDue(
   });
 }
 
-/** When the scheduler must look next, by the database's clock. */
+/** When the scheduler must scan next, by the database's clock. */
 export interface NextScan {
   /** The time of that clock, in milliseconds since 1970. */
   nowMs: number;
-  /** Milliseconds until the next reservation is due, negative if it is already; undefined if none waits. */
+  /** Milliseconds until the next reservation is due; negative if it already is; undefined if none waits. */
   inMs: number | undefined;
 }
 
-/** Asks when the next reservation is due. */
+/** Finds when the next reservation is due. */
 export async function findNextScan(database: Database): Promise<NextScan> {
   type Row = { nowMs: number | string; inMs: number | string | null };
   const [next] = await database.run((connection) => connection.select<Row>(FIND_NEXT_SCAN));
@@ -62,18 +62,18 @@ export async function findNextScan(database: Database): Promise<NextScan> {
   return { nowMs: Number(next.nowMs), inMs: next.inMs === null ? undefined : Number(next.inMs) };
 }
 
-/** A reservation as the grant finds it, locked until the transaction ends. */
+/** A reservation that is locked until the transaction ends. */
 export interface LockedReservation
   extends Pick<Reservation, "id" | "userId" | "pointAmount" | "idempotencyKey"> {
   status: ReservationStatus;
   attempts: number;
-  /** Whether `execute_at` has come by the database's clock. */
+  /** Whether `execute_at` has passed by the database's clock. */
   isDue: boolean;
   /** Milliseconds since `execute_at`. */
   lateMs: number;
 }
 
-/** Locks rows in the order of their ids, so that two workers with the same rows wait instead of deadlock. */
+/** Locks rows in the order of their ids, so that two workers with the same rows wait and do not deadlock. */
 export async function lockReservations(
   transaction: Transaction,
   ids: readonly string[],
@@ -87,7 +87,7 @@ export async function lockReservations(
 /**
  * PROCESSING → DONE.
  *
- * @throws {Error} if a row was not PROCESSING: the transaction must not commit what it has granted
+ * @throws {Error} if a row was not PROCESSING: then the transaction must not commit
  */
 export async function markDone(transaction: Transaction, ids: readonly string[]): Promise<void> {
   const { affectedRows } = await transaction.execute(MARK_DONE, [ids]);
@@ -96,7 +96,7 @@ export async function markDone(transaction: Transaction, ids: readonly string[])
   }
 }
 
-/** PROCESSING → FAILED, for good, with the reason for anyone who asks "where are my points?". */
+/** PROCESSING → FAILED, until an operator retries it; stores the reason. */
 export async function markFailed(
   transaction: Transaction,
   id: string,
@@ -110,8 +110,8 @@ export async function markFailed(
 }
 
 /**
- * PROCESSING → PENDING, to be claimed again after `retryInMs`: the row is the retry queue. Only from PROCESSING, or a
- * duplicate of its message would try it before its time and use up its attempts.
+ * PROCESSING → PENDING, to be claimed again after `retryInMs`: the row is the retry queue. Only from PROCESSING: otherwise
+ * duplicates of its message would use up its attempts.
  */
 export async function scheduleRetry(
   transaction: Transaction,

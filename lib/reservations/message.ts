@@ -5,14 +5,14 @@ import { DomainError } from "../errors.ts";
 import { timeField } from "../field.ts";
 import type { Reservation } from "./reservation.ts";
 
-/** The most reservations that one message may carry. */
+/** The maximum number of reservations in one message. */
 export const MAX_MESSAGE_RESERVATIONS = 1_000;
-/** The largest message in bytes: 1,000 reservations with the longest keys are about a quarter of it. */
+/** The maximum size of a message in bytes: 1,000 reservations with the longest keys take about a quarter of it. */
 const MAX_MESSAGE_BYTES = 1024 * 1024;
 
 const MAX_HINT_BYTES = 100;
 
-/** What travels on the queue for one reservation. Only `reservation_id` counts: the row decides the rest. */
+/** One reservation in a message. Only `reservation_id` is used: the row decides the rest. */
 const ReservationMessage = Type.Object({
   reservation_id: Type.String({ maxLength: 36 }),
   user_id: Type.String(),
@@ -28,7 +28,7 @@ const Message = TypeCompiler.Compile(
   ]),
 );
 
-/** Encodes the message for some reservations: a plain object for one, an array for more. */
+/** Encodes the message for some reservations: a plain object for one, an array for several. */
 export function encodeMessage(
   reservations: readonly Pick<Reservation, "id" | "userId" | "pointAmount" | "idempotencyKey">[],
 ): Buffer {
@@ -42,7 +42,7 @@ export function encodeMessage(
 }
 
 /**
- * Decodes a message, whoever wrote it.
+ * Decodes a message from any sender.
  *
  * @throws {DomainError} UNREADABLE_MESSAGE, with the reason and without the content
  */
@@ -72,7 +72,7 @@ export function encodeHint(executeAt: Date): Buffer {
   return Buffer.from(JSON.stringify({ execute_at: executeAt.toISOString() }));
 }
 
-/** Decodes a hint, whoever wrote it; undefined if it is not one. */
+/** Decodes a hint from any sender; undefined if it is not valid. */
 export function decodeHint(content: Buffer): Date | undefined {
   if (content.byteLength > MAX_HINT_BYTES) return undefined;
   try {

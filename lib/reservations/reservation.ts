@@ -26,7 +26,7 @@ export const statusField = field(
   },
 );
 
-/** A name for reservations that belong together; they can be cancelled together. */
+/** The name of a group of reservations, which can be cancelled together. */
 export const campaignField = field(
   Type.String({
     pattern: "^[A-Za-z0-9_-]{1,64}$",
@@ -50,14 +50,14 @@ export const reservationFields = {
   campaign: optional(campaignField),
 };
 
-/** A promise of points that breaks no rule. */
+/** A valid reservation. */
 export interface Reservation {
-  /** UUID v7: ordered by time, so that inserts stay at the right edge of the index. */
+  /** UUID v7: ordered by time, so that inserts stay at the end of the index. */
   id: string;
   userId: string;
   pointAmount: number;
   executeAt: Date;
-  /** The client's, or the reservation's own id if the client gave none. */
+  /** The client's key, or the reservation's id if the client sent none. */
   idempotencyKey: string;
   campaign: string | null;
 }
@@ -66,7 +66,7 @@ export interface Reservation {
  * Makes a reservation with a new UUID.
  *
  * @param input the parsed body, of any shape
- * @param headerKey the header `Idempotency-Key`, which counts as much as the body's field
+ * @param headerKey the header `Idempotency-Key`, which is equivalent to the body's field
  * @throws {DomainError} INVALID_INPUT, with every broken rule
  */
 export function newReservation(input: unknown, headerKey?: string): Reservation {
@@ -74,7 +74,7 @@ export function newReservation(input: unknown, headerKey?: string): Reservation 
   return reservationOf(parseFields(reservationFields, input, { what: "reservation", more }), headerKey);
 }
 
-/** The same for one of many rows: the reservation, or every rule that the row breaks. */
+/** Makes the reservation of one row of a bulk request, or returns every rule that the row breaks. */
 export function checkReservation(input: unknown): Reservation | { broken: readonly BrokenRule[] } {
   const checked = checkFields(reservationFields, input);
   return "broken" in checked ? checked : reservationOf(checked.values, undefined);
@@ -126,7 +126,7 @@ export function newReservationPatch(input: unknown): ReservationPatch {
   return { executeAt: execute_at, pointAmount: point_amount };
 }
 
-/** A reservation's id, in the lower case in which ids are stored. */
+/** A reservation's id, converted to lower case as in the tables. */
 export const reservationIdField = field(
   Type.String({ format: "uuid", description: "the reservation's id" }),
   {

@@ -34,11 +34,11 @@ import {
 
 export interface ReservationChangeOptions {
   database: Database;
-  /** Tells the schedulers that a committed reservation is due at this time. */
+  /** Sends the schedulers the time at which a committed reservation is due. */
   hint: (executeAt: Date) => void;
 }
 
-/** Cancel, change and retry of a reservation. */
+/** `DELETE` and `PATCH /point/reservations/{id}`, and `POST /point/reservations/{id}/retry`. */
 export function reservationChangeRoutes({ database, hint }: ReservationChangeOptions) {
   return new Elysia()
     .delete(
@@ -104,19 +104,19 @@ function cannotCancel(state: ReservationState): DomainError {
 const CANCEL = describe({
   summary: "Cancel a reservation",
   description:
-    "Works until the grant: if both come at once, one of them wins. After a 200 the points are never granted, even if the reservation was PROCESSING; the same request again gets the same answer.",
+    "Possible until the grant. If a cancel and the grant happen at the same time, exactly one of them wins. After a 200 the points are never granted, even if the reservation was PROCESSING. The same request sent again gets the same answer.",
   params: idParams,
   answers: {
     200: answer(Cancelled, "Cancelled", {
-      "before its time": { params: { id: PENDING_ID }, answer: cancelledOf(PENDING_ID) },
-      "on its way": { params: { id: PROCESSING_ID }, answer: cancelledOf(PROCESSING_ID) },
-      "the same again": { params: { id: CANCELLED_ID }, answer: cancelledOf(CANCELLED_ID) },
+      "it was PENDING": { params: { id: PENDING_ID }, answer: cancelledOf(PENDING_ID) },
+      "it was PROCESSING": { params: { id: PROCESSING_ID }, answer: cancelledOf(PROCESSING_ID) },
+      "it was CANCELLED before": { params: { id: CANCELLED_ID }, answer: cancelledOf(CANCELLED_ID) },
     }),
   },
   refusals: {
     ...NO_RESERVATION,
     409: refusal(
-      "It was granted, or it is FAILED: its points are only granted if it is retried",
+      "It was granted, or it is FAILED: then its points are granted only after a retry",
       {
         "it was granted": { params: { id: DONE_ID }, error: cannotCancel(DONE) },
         "it is FAILED": { params: { id: FAILED_ID }, error: cannotCancel(FAILED) },
@@ -139,7 +139,7 @@ function cannotChange(state: ReservationState): DomainError {
 const PATCH = describe({
   summary: "Change the time or the amount of a reservation",
   description:
-    "Only while it is PENDING; if an answer was lost, read the details before you send the request again. What was reserved first is kept: a request with its idempotency key and its first content still gets the first answer.",
+    "Possible only while the reservation is PENDING. If an answer was lost, read the details before you send the request again. The original content is kept: the original request to reserve, sent again with its idempotency key, still gets the first answer.",
   params: idParams,
   body: objectSchema(reservationPatchFields, { minProperties: 1 }),
   answers: {
@@ -160,8 +160,8 @@ const PATCH = describe({
     }),
   },
   refusals: {
-    400: refusal("Broken rules, all of them at once", {
-      nothing: refused({ params: { id: PENDING_ID }, body: {} }, ({ body }) => newReservationPatch(body)),
+    400: refusal("The request breaks rules", {
+      "no field": refused({ params: { id: PENDING_ID }, body: {} }, ({ body }) => newReservationPatch(body)),
     }),
     404: refusal("There is no such reservation", {
       unknown: {
@@ -194,7 +194,7 @@ function cannotRetry(state: ReservationState): DomainError {
 const RETRY = describe({
   summary: "Retry a FAILED reservation",
   description:
-    "FAILED → PENDING, due at once, with all its attempts: for when the cause in `last_error` is fixed. If an answer was lost, the same request again gets a 409 that says where the reservation stands.",
+    "FAILED → PENDING, due at once, with `attempts` reset to 0. Use it after the cause in `last_error` is fixed. If an answer was lost, the same request sent again gets a 409 with the state of the reservation.",
   params: idParams,
   answers: {
     200: answer(Details, "The changed details", {

@@ -9,10 +9,10 @@ import {
   pointTransactions as transactions,
 } from "../schema.ts";
 
-/** Everything that the program itself writes. */
+/** The columns that the program writes: all except the generated ones. */
 const { listedAs: _, campaignListedAs: __, ...COLUMNS } = getTableColumns(reservations);
 
-/** One reservation, and the ledger entry of its grant. */
+/** A reservation, with the ledger entry of its grant. */
 export type ReservationDetails = NonNullable<Awaited<ReturnType<typeof findDetails>>>;
 
 /** The details of the reservation with this id, or undefined. */
@@ -30,7 +30,7 @@ export function findReservationByKey(
   );
 }
 
-/** The details of the one reservation that a unique column names, or undefined. */
+/** The details of the reservation that a condition on a unique column selects, or undefined. */
 export async function findDetails({ drizzle }: Connection, isIt: SQL) {
   const [found] = await drizzle("find_details")
     .select({
@@ -42,7 +42,7 @@ export async function findDetails({ drizzle }: Connection, isIt: SQL) {
     .leftJoin(
       transactions,
       and(
-        // By the key, which has an index.
+        // By the key, which is indexed.
         eq(transactions.idempotencyKey, reservations.idempotencyKey),
         eq(transactions.isGrant, 1),
         eq(transactions.reservationId, reservations.id),
@@ -66,9 +66,9 @@ export interface ListedReservation {
 }
 
 /**
- * The reservations of a user in the order of `execute_at`, one more than `limit` if more follow. Every page costs the
- * same: each list of the index is read from the page's position on, and no further than the page. But PENDING and
- * PROCESSING are one list of the index: a page of the one reads past the other.
+ * The reservations of a user in the order of `execute_at`, one more than `limit` if there is a next page. Every page costs the
+ * same: each list of the index is read from the position of the page to its end. But PENDING and PROCESSING share one list of
+ * the index: a page of one status reads past the rows of the other.
  */
 export async function listReservations(
   database: Database,
@@ -87,7 +87,7 @@ export async function listReservations(
           executeAt: reservations.executeAt,
           campaign: reservations.campaign,
         })
-        // Another index, or a part of this one, would read all that the user ever had.
+        // With another index, or only a part of this one, all reservations of the user would be read.
         .from(reservations, {
           forceIndex: campaign === undefined ? "point_reservations_user" : "point_reservations_campaign",
         })
@@ -102,21 +102,21 @@ export async function listReservations(
         .orderBy(asc(reservations.executeAt), asc(reservations.id))
         .limit(limit + 1);
     if (status === "PENDING" || status === "PROCESSING") {
-      // Only what is due is ever claimed: no need to look at a million that are not.
+      // Only due reservations are claimed: no need to read a million that are not due.
       const mayBe = status === "PROCESSING" ? sql`${reservations.executeAt} <= now(3)` : undefined;
       return select(eq(listedAs, "OPEN"), eq(reservations.status, status), mayBe);
     }
     if (status !== undefined) return select(eq(listedAs, status));
     const [first, second, ...rest] = LISTED_AS.map((one) => select(eq(listedAs, one)));
     if (!first || !second) throw new Error("There are fewer than two lists");
-    // One statement, hence one snapshot: a reservation that ends meanwhile is neither missed nor listed twice.
+    // One statement, hence one snapshot: a reservation that changes its list meanwhile is neither missed nor listed twice.
     return unionAll(first, second, ...rest)
       .orderBy(asc(sql`execute_at`), asc(sql`id`))
       .limit(limit + 1);
   });
 }
 
-/** What comes after a position in ascending order; spelled out, since MySQL finds no range in `(a, b) > (?, ?)`. */
+/** The rows after a position, in ascending order. Written out, since MySQL finds no range in `(a, b) > (?, ?)`. */
 function isAfter(after: Position | undefined): SQL | undefined {
   return (
     after &&

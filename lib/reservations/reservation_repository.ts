@@ -5,17 +5,17 @@ import { type ReservationRow, type ReservationStatus, pointReservations as reser
 import type { Reservation, ReservationPatch } from "./reservation.ts";
 import { findDetails, type ReservationDetails } from "./reservation_queries.ts";
 
-/** What became of a request to reserve. */
+/** The outcome of a request to reserve. */
 export type CreateOutcome =
   | { kind: "created"; reservation: Reservation }
-  /** The same key came with the same content before: the first reservation. */
+  /** The key was used before, with the same content: the first reservation. */
   | { kind: "replayed"; reservation: Reservation }
-  /** The same key came with other content before. */
+  /** The key was used before, with other content. */
   | { kind: "conflict" };
 
 /**
- * Inserts reservations in one statement; run twice, it inserts once. A key that is taken, also by another one of the same
- * batch, affects only its own reservation.
+ * Inserts reservations in one statement; if it runs twice, it inserts once. A key that is already used, even in the same batch,
+ * affects only its own reservation.
  */
 export async function createReservations(
   connection: Connection,
@@ -30,7 +30,7 @@ export async function createReservations(
     idempotencyKey,
     campaign,
   ]);
-  // Not INSERT IGNORE, which also swallows truncation and would give a long user id's points to somebody else.
+  // Not INSERT IGNORE: it also ignores truncation, and a truncated user id could be that of another user.
   const { affectedRows } = await connection.execute(
     `/* create_reservations */ insert into point_reservations
        (id, user_id, point_amount, execute_at, scan_at, idempotency_key, campaign)
@@ -44,7 +44,7 @@ export async function createReservations(
   return batch.map((reservation) => outcomeOf(reservation, firsts));
 }
 
-/** What became of a reservation whose key belongs to the first one that came with it. */
+/** The outcome for a reservation: its key belongs to the first reservation with this key. */
 function outcomeOf(reservation: Reservation, firsts: ReadonlyMap<string, Reservation>): CreateOutcome {
   const first = firsts.get(reservation.idempotencyKey);
   if (!first) throw new Error("A reservation is neither inserted nor found by its idempotency key");
@@ -61,7 +61,7 @@ function hasSameContent(first: Reservation, second: Reservation): boolean {
   );
 }
 
-/** What was reserved first with these keys, whatever it was patched to since. */
+/** The reservations with these keys, by key, with their original content even if they were patched. */
 async function findByIdempotencyKeys(
   { drizzle }: Connection,
   batch: readonly Reservation[],
@@ -84,20 +84,20 @@ async function findByIdempotencyKeys(
   return new Map(found.map((reservation) => [reservation.idempotencyKey, reservation]));
 }
 
-/** The most rows of one INSERT. */
+/** The maximum number of rows of one INSERT. */
 const INSERT_ROWS = 1_000;
-/** How often a bulk of all or none is tried if others take its keys meanwhile. */
+/** How often an all-or-none bulk is tried if other requests use its keys meanwhile. */
 const MAX_TRIES = 5;
 
-/** Others have taken a key between the look and the INSERT: leaves the transaction, which inserts nothing then. */
+/** Another request has used a key between the SELECT and the INSERT. Thrown to roll the transaction back. */
 class KeyTaken extends Error {}
 
 /**
  * Inserts the reservations of one request, up to 1,000 in one statement.
  *
- * @param options.allOrNone one transaction, which inserts none of them if one is a `conflict`
+ * @param options.allOrNone in one transaction, which inserts nothing if a reservation is a `conflict`
  * @param options.workMs how long one try may take, in milliseconds
- * @throws {OverloadError} if others take keys of it again and again; only with `allOrNone`, and nothing is inserted then
+ * @throws {OverloadError} if other requests use its keys in every try; only with `allOrNone`, and then nothing is inserted
  */
 export async function createBulk(
   database: Database,
@@ -113,7 +113,7 @@ export async function createBulk(
       if (!(error instanceof KeyTaken)) throw error;
     }
   }
-  throw new OverloadError(`Cannot reserve all of a bulk as others took its keys in ${MAX_TRIES} tries`);
+  throw new OverloadError(`Cannot reserve a bulk as other requests used its keys in ${MAX_TRIES} tries`);
 }
 
 async function createTogether(
@@ -121,7 +121,7 @@ async function createTogether(
   batch: readonly Reservation[],
   { allOrNone }: { allOrNone: boolean },
 ): Promise<CreateOutcome[]> {
-  // First a look that locks nothing: the INSERT would lock the gaps beside each key that is taken, until the COMMIT.
+  // First a SELECT that locks nothing: the INSERT would lock the gaps beside each key that is used, until the COMMIT.
   const firsts = await findByIdempotencyKeys(connection, batch);
   const fresh: Reservation[] = [];
   for (const reservation of batch) {
@@ -131,7 +131,7 @@ async function createTogether(
   }
   const outcomes = batch.map((reservation) => outcomeOf(reservation, firsts));
   if (allOrNone && outcomes.some(({ kind }) => kind === "conflict")) return outcomes;
-  // In the order of the keys: two requests with the same keys wait for each other instead of deadlock.
+  // In the order of the keys: two requests with the same keys wait for each other and do not deadlock.
   fresh.sort((a, b) => (a.idempotencyKey < b.idempotencyKey ? -1 : 1));
   let areTaken = false;
   for (let at = 0; at < fresh.length; at += INSERT_ROWS) {
@@ -144,31 +144,31 @@ async function createTogether(
   return batch.map((reservation) => outcomeOf(reservation, now));
 }
 
-/** The statuses whose points may still come: neither granted, nor failed, nor cancelled. */
+/** The statuses of open reservations. */
 const OPEN: readonly ReservationStatus[] = ["PENDING", "PROCESSING"];
 
 const SET_CANCELLED = "status = 'CANCELLED', scan_at = null";
 
-/** What a reservation is after a request to change it. */
+/** The result of a request to change a reservation. */
 export interface Transitioned {
-  /** Whether it is now as requested; else its status did not allow that. */
+  /** Whether the reservation is now as requested; if not, its status did not allow the change. */
   isDone: boolean;
-  /** The row as the same transaction has read it: after the change, or the reason why there was none. */
+  /** The details, read in the same transaction: after the change, or as the reason why there was none. */
   details: ReservationDetails;
 }
 
-/** A change of a row that only some statuses allow. */
+/** A change that only some statuses allow. */
 interface Transition {
   /** The name of its UPDATE. */
   name: string;
   from: readonly ReservationStatus[];
-  /** The assignments, in their order: MySQL computes each from what those before it have left. */
+  /** The assignments, in order: MySQL evaluates each one after those before it. */
   set: string;
   values?: readonly unknown[];
   /**
-   * Whether a row whose status does not allow the change shows that it was made.
+   * Whether a row whose status does not allow the change shows that the change was made before.
    *
-   * @param wasSent whether this request has made the change before, in a transaction whose COMMIT was not answered
+   * @param wasSent whether this request has already made the change, in a transaction whose COMMIT got no answer
    */
   wasMade: (row: ReservationRow, wasSent: boolean) => boolean;
 }
@@ -190,10 +190,10 @@ function transition(
       return affectedRows === 1;
     }
 
-    // Usually the status allows it: then nothing needs to be read first.
+    // Usually the status allows the change: then no SELECT is needed before.
     let isDone = await update();
     if (!isDone) {
-      // Locked, as nobody may change the row between the decision and the answer that explains it.
+      // Locked: the row must not change between the decision and the answer that explains it.
       const [row] = await transaction
         .drizzle("lock_reservation")
         .select()
@@ -202,22 +202,22 @@ function transition(
         .for("update");
       if (!row) return undefined;
       const isAllowed = from.includes(row.status);
-      // Its status has changed since the first UPDATE, or its values are those of the request already.
+      // The status has changed since the first UPDATE, or the row already has the requested values.
       if (isAllowed) await update();
       isDone = isAllowed || wasMade(row, wasSent);
     }
     const details = await findDetails(transaction, isIt);
-    if (!details) throw new Error("A reservation that a transaction has locked is gone");
+    if (!details) throw new Error("A reservation that the transaction has locked is missing");
     wasSent = isDone;
     return { isDone, details };
   });
 }
 
 /**
- * PENDING or PROCESSING → CANCELLED. The grant locks the same row: one of the two comes first, and the other finds the
- * reservation over. A message that is in the queue already changes nothing.
+ * PENDING or PROCESSING → CANCELLED. The grant locks the same row: one of the two is first, and the other finds the reservation
+ * over. A message that is already in the queue changes nothing.
  *
- * @returns `isDone` also if it was CANCELLED before; undefined if there is no such reservation
+ * @returns `isDone` is true even if the reservation was CANCELLED before; undefined if there is no such reservation
  */
 export function cancelReservation(database: Database, id: string): Promise<Transitioned | undefined> {
   return transition(database, id, {
@@ -229,7 +229,7 @@ export function cancelReservation(database: Database, id: string): Promise<Trans
 }
 
 /**
- * Changes the amount or the time of a PENDING reservation; keeps what was reserved first, for replays.
+ * Changes the amount or the time of a PENDING reservation; keeps the original values, for replays.
  *
  * @returns undefined if there is no such reservation
  */
@@ -257,7 +257,7 @@ export function patchReservation(
     from: ["PENDING"],
     set: set.join(", "),
     values,
-    // A COMMIT whose answer was lost may have come through, and the row may have been claimed since.
+    // A COMMIT whose answer was lost may have succeeded, and the row may have been claimed since.
     wasMade: (row, wasSent) =>
       wasSent &&
       (pointAmount === undefined || row.pointAmount === pointAmount) &&
@@ -266,7 +266,7 @@ export function patchReservation(
 }
 
 /**
- * FAILED → PENDING, due at once and with all its attempts: an operator's second chance.
+ * FAILED → PENDING, due at once, with `attempts` reset to 0.
  *
  * @returns undefined if there is no such reservation
  */
@@ -275,7 +275,7 @@ export function retryReservation(database: Database, id: string): Promise<Transi
     name: "retry_reservation",
     from: ["FAILED"],
     set: "status = 'PENDING', scan_at = greatest(now(3), execute_at), attempts = 0",
-    // A COMMIT whose answer was lost may have come through, and the row may have been claimed since.
+    // A COMMIT whose answer was lost may have succeeded, and the row may have been claimed since.
     wasMade: (_, wasSent) => wasSent,
   });
 }
@@ -289,15 +289,15 @@ export interface CampaignCounts {
   open: number;
 }
 
-/** The most reservations that one statement cancels: a worker waits for its locks. */
+/** The maximum number of reservations that one statement cancels: workers wait for its locks. */
 const CANCEL_ROWS = 1_000;
 
 /**
- * Cancels all of a campaign that can still be cancelled, up to 1,000 in one statement. After a crash some are cancelled;
- * the same call again cancels the rest.
+ * Cancels all open reservations of a campaign, up to 1,000 in one statement. After a crash some of them are cancelled; the same
+ * call again cancels the rest.
  *
  * @param options.untilMs when to stop, by `performance.now()`
- * @returns the states of its reservations then, whoever changed them; all 0 if there are none
+ * @returns the numbers of its reservations in each state after that; all 0 if it has none
  */
 export async function cancelCampaign(
   database: Database,
@@ -314,7 +314,7 @@ export async function cancelCampaign(
         .limit(CANCEL_ROWS),
     );
     if (found.length === 0) break;
-    // In the order in which the grant locks them.
+    // In the order in which the grant locks the rows.
     const ids = found.map(({ id }) => id).toSorted();
     await database.run(({ execute }) =>
       execute(

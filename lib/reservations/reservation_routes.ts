@@ -54,24 +54,27 @@ export function reservationRoutes({ database }: { database: Database }) {
     );
 }
 
-// ---- The details of a reservation, which several routes answer with
+// ---- The details of a reservation, which several routes return
 
 export const Details = Type.Object({
   reservation_id: Uuid,
   user_id: userIdField.schema,
   point_amount: pointAmountField.schema,
   idempotency_key: Type.String(),
-  campaign: orNull(campaignField.schema, "null if it has none"),
+  campaign: orNull(campaignField.schema, "null if there is none"),
   status: statusField.schema,
   execute_at: Time,
-  original_point_amount: orNull(pointAmountField.schema, "as first reserved; null if it was never changed"),
-  original_execute_at: orNull(Time, "as first reserved; null if it was never changed"),
-  next_scan_at: orNull(Time, "when the scheduler looks at it next; null once it is over"),
+  original_point_amount: orNull(pointAmountField.schema, "the original value; null if it was never changed"),
+  original_execute_at: orNull(Time, "the original value; null if it was never changed"),
+  next_scan_at: orNull(
+    Time,
+    "when the scheduler processes it next; null once it is DONE, FAILED or CANCELLED",
+  ),
   attempts: Type.Integer({ description: "failed attempts to grant it; outages do not count" }),
-  last_error: orNull(Type.String(), "why the last attempt failed"),
-  transaction_id: orNull(Uuid, "its ledger entry"),
-  granted_at: orNull(Time, "when its points were granted"),
-  late_ms: orNull(Type.Integer(), "from execute_at to granted_at"),
+  last_error: orNull(Type.String(), "why the last attempt failed; null if none has failed"),
+  transaction_id: orNull(Uuid, "its ledger entry; null before the grant"),
+  granted_at: orNull(Time, "when its points were granted; null before the grant"),
+  late_ms: orNull(Type.Integer(), "milliseconds from execute_at to granted_at; null before the grant"),
   created_at: Time,
   updated_at: Time,
 });
@@ -135,9 +138,9 @@ export const NO_RESERVATION = {
   }),
 };
 
-// ---- The conflict of a change with the state of the reservation
+// ---- The conflict between a change and the state of the reservation
 
-/** A problem that also says where the reservation stands. */
+/** A problem with the state of the reservation. */
 export const ConflictProblem = Type.Object({
   ...Problem.properties,
   reservation_id: Uuid,
@@ -146,7 +149,7 @@ export const ConflictProblem = Type.Object({
   transaction_id: orNull(Uuid, "its ledger entry; null if there is none"),
 });
 
-/** The state of a reservation that a conflict is about. */
+/** The state of a reservation in a conflict. */
 export type ReservationState = Pick<ReservationDetails, "id" | "status" | "grantedAt" | "transactionId">;
 
 /** The error for a change that the state of the reservation does not allow. */
@@ -180,13 +183,13 @@ export const FAILED: ReservationState = {
 // ---- GET /point/reservations/{id}
 
 const READ = describe({
-  summary: "The details of a reservation",
-  description: "Its status, when it was or will be granted, and why the last attempt failed.",
+  summary: "Get the details of a reservation",
+  description: "The status, the time of the grant or of the next attempt, and why the last attempt failed.",
   params: idParams,
   answers: {
     200: answer(Details, "The details", {
-      "a reservation to come": { params: { id: PENDING_ID }, answer: DETAILS },
-      "one that was granted": {
+      "a PENDING reservation": { params: { id: PENDING_ID }, answer: DETAILS },
+      "a granted reservation": {
         params: { id: DONE_ID },
         answer: {
           ...DETAILS,
@@ -214,12 +217,12 @@ function unknownKey(key: string): DomainError {
 }
 
 const FIND_BY_KEY = describe({
-  summary: "The details of the reservation with an idempotency key",
-  description: "For anyone who has an order number but no reservation id.",
+  summary: "Find a reservation by its idempotency key",
+  description: "Use it if you know the key, for instance an order number, but not the reservation id.",
   query: objectSchema(keyFields),
   answers: {
     200: answer(Details, "The details", {
-      "a reservation to come": { query: { idempotency_key: "order-41" }, answer: DETAILS },
+      "a PENDING reservation": { query: { idempotency_key: "order-41" }, answer: DETAILS },
     }),
   },
   refusals: {

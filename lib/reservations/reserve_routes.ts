@@ -26,7 +26,7 @@ import { type CreateOutcome, createBulk, createReservations } from "./reservatio
 
 export interface ReserveOptions {
   database: Database;
-  /** Tells the schedulers that a committed reservation is due at this time. */
+  /** Sends the schedulers the time at which a committed reservation is due. */
   hint: (executeAt: Date) => void;
 }
 
@@ -54,7 +54,7 @@ const RESERVED = { reservation_id: PENDING_ID, status: "PENDING", execute_at: FU
 const RESERVE = describe({
   summary: "Reserve points for a time",
   description:
-    "A 201 means that the reservation is committed: at `execute_at` the points are granted, once. The same `idempotency_key` (field or header; if both are given they must be the same) with the same content gets the first answer again, whatever has happened to the reservation since; with other content 422. Without a key, every request makes another reservation. The body is at most 64 KiB.",
+    "A 201 means that the reservation is committed: its points are granted at `execute_at`, once. A request with the same `idempotency_key` (field or header; if both are given, they must be equal) and the same content gets the first answer again, whatever has happened to the reservation since; with other content it gets 422. Without a key, every request makes another reservation. The body may have at most 64 KiB.",
   body: objectSchema(reservationFields),
   takesKey: true,
   answers: {
@@ -66,7 +66,7 @@ const RESERVE = describe({
           body: { ...RESERVATION, campaign: "summer-2029" },
           answer: RESERVED,
         },
-        "the same again": {
+        "a replay": {
           body: { ...RESERVATION, campaign: "summer-2029", idempotency_key: "order-41" },
           answer: RESERVED,
         },
@@ -75,7 +75,7 @@ const RESERVE = describe({
     },
   },
   refusals: {
-    400: refusal("Broken rules, all of them at once", {
+    400: refusal("The request breaks rules", {
       "two broken rules": refused(
         { body: { user_id: "Test-User", point_amount: 0, execute_at: FUTURE } },
         ({ body }) => newReservation(body),
@@ -97,7 +97,7 @@ const RESERVE = describe({
 });
 
 function reserveHandler({ database, hint }: ReserveOptions) {
-  // One INSERT at a time: two at once made 0.95 × the reservations, three 0.9 × (256 connections, MySQL 9.7, two cores).
+  // One INSERT at a time: with two at once there were 0.95 × the reservations, with three 0.9 × (256 connections, MySQL 9.7, two cores).
   const reserve = coalesce(async (batch: Reservation[]) => {
     const outcomes = await database.run((connection) => createReservations(connection, batch));
     hint(soonestOf(batch));
@@ -117,7 +117,7 @@ function reserveHandler({ database, hint }: ReserveOptions) {
 
 const Accepted = Type.Object({
   result: Type.Union([Type.Literal("created"), Type.Literal("replayed")], {
-    description: "`replayed`: the same key with the same content came before, in this request or another",
+    description: "`replayed`: the key was used before with the same content, in this request or another",
   }),
   ...Reserved.properties,
 });
@@ -127,14 +127,14 @@ const BulkReserved = Type.Object({
 });
 
 const RESERVE_BULK = describe({
-  summary: "Reserve points for many, in one request",
+  summary: "Make many reservations in one request",
   description:
-    "1 to 10,000 reservations, in a body of at most 8 MiB. `atomic`: all or none; 400 and 422 name every broken row by its index. `each`: every row by itself, with one result per row, in order: `created`, `replayed`, or `refused` with its `errors`. Idempotency keys also count within the request. A row without a key gets one from the request's header `Idempotency-Key` and its index or, without that header, from the content of all rows: the same request sent again, for instance after a lost connection, changes nothing and gets the same ids. Without keys and header, therefore, after a correction send only the corrected rows; and to reserve the same rows twice, give them keys.",
+    "Takes 1 to 10,000 reservations, in a body of at most 8 MiB. With `atomic`, all rows are reserved or none; 400 and 422 name every broken row by its index. With `each`, each row is reserved by itself, and the answer has one result per row, in order: `created`, `replayed`, or `refused` with its `errors`. Idempotency keys also apply within the request. A row without a key gets one from the request's header `Idempotency-Key` and its index; without that header, from the content of all rows and its index. So the same request sent again, for instance after a lost connection, changes nothing and gets the same ids. If you use neither keys nor the header: after a correction, send only the corrected rows; to reserve the same rows twice, give them keys.",
   body: objectSchema(bulkFields),
   takesKey: true,
   answers: {
-    200: answer(BulkReserved, "mode `each`: the result of each row", {
-      "one of three is refused": {
+    200: answer(BulkReserved, "Mode `each`: one result per row", {
+      "one refused row of three": {
         body: {
           mode: "each",
           reservations: [
@@ -152,8 +152,8 @@ const RESERVE_BULK = describe({
         },
       },
     }),
-    201: answer(BulkReserved, "mode `atomic`: all rows are reserved", {
-      "all of them": {
+    201: answer(BulkReserved, "Mode `atomic`: all rows are reserved", {
+      "two rows": {
         headers: { "idempotency-key": "bulk-7" },
         body: { mode: "atomic", reservations: [RESERVATION, { ...RESERVATION, user_id: "TestUser02" }] },
         answer: {
@@ -166,16 +166,21 @@ const RESERVE_BULK = describe({
     }),
   },
   refusals: {
-    400: refusal("Broken rules; those of rows only in mode `atomic`. Nothing was reserved", {
-      "a broken row": refused(
-        { body: { mode: "atomic", reservations: [RESERVATION, { ...RESERVATION, point_amount: 0 }] } },
-        ({ body }) => newBulkReservation(body),
-      ),
-      "no rows": refused({ body: { mode: "all", reservations: [] } }, ({ body }) => newBulkReservation(body)),
-    }),
+    400: refusal(
+      "The request breaks rules; those of rows count only in mode `atomic`. Nothing was reserved",
+      {
+        "a broken row": refused(
+          { body: { mode: "atomic", reservations: [RESERVATION, { ...RESERVATION, point_amount: 0 }] } },
+          ({ body }) => newBulkReservation(body),
+        ),
+        "no rows": refused({ body: { mode: "all", reservations: [] } }, ({ body }) =>
+          newBulkReservation(body),
+        ),
+      },
+    ),
     413: refusal("The body is larger than 8 MiB"),
     ...NO_JSON,
-    422: refusal("mode `atomic`: some keys were used before, with other content. Nothing was reserved", {
+    422: refusal("Mode `atomic`: some keys were used before, with other content. Nothing was reserved", {
       "the key of another reservation": {
         body: {
           mode: "atomic",
@@ -188,18 +193,18 @@ const RESERVE_BULK = describe({
   },
 });
 
-/** 10,000 rows with the longest values are 4 MiB, and twice that if they are indented. */
+/** 10,000 rows with the longest values take 4 MiB, or twice that if they are indented. */
 const MAX_BULK_BYTES = 8 * 1024 * 1024;
-/** Bulk requests at once; more are refused with 503. Four of the largest are answered within a client's patience. */
+/** The maximum number of bulk requests at once; more are refused with 503. Four of the largest are answered before clients time out. */
 const MAX_BULKS = 4;
 /** How long a bulk may wait for those before it, and then take in MySQL, in milliseconds. */
 const BULK_MS = 12_000;
 
-/** A row's outcome, or the rules that it breaks. */
+/** The outcome of a row, or the rules that it breaks. */
 type RowResult = CreateOutcome | { broken: readonly BrokenRule[] };
 
 function bulkHandler({ database, hint }: ReserveOptions) {
-  // One at a time: a bulk takes MySQL for as long as thousands of single ones.
+  // One at a time: a bulk takes MySQL as long as thousands of single reservations.
   const reserveMany = coalesce(
     async (bulks: BulkReservation[]) => {
       const results = await Promise.all(bulks.map((bulk) => createRows(database, bulk)));
@@ -208,7 +213,7 @@ function bulkHandler({ database, hint }: ReserveOptions) {
     },
     { maxBatch: 1, maxWaiting: MAX_BULKS, maxWaitMs: BULK_MS },
   );
-  // Their bodies are large: only a few at once may be in memory.
+  // Bodies are large: only a few may be in memory at once.
   const takeBulk = limitConcurrency(MAX_BULKS, "bulks");
 
   async function reserveBulk(request: Request): Promise<Response> {
@@ -245,7 +250,7 @@ function resultOf(result: RowResult): Static<typeof Accepted> | Static<typeof Re
   return { result: result.kind, ...reservedOf(result.reservation) };
 }
 
-/** The soonest time of some reservations; the end of time if there are none. */
+/** The earliest time of some reservations; the latest possible time if there are none. */
 function soonestOf(rows: readonly (Reservation | { broken: readonly BrokenRule[] })[]): Date {
   return new Date(
     Math.min(LATEST_MS, ...rows.map((row) => ("broken" in row ? LATEST_MS : Number(row.executeAt)))),

@@ -47,10 +47,10 @@ const ReservedPoint = Type.Object({
   point: pointAmountField.schema,
   status: statusField.schema,
   add_date: Type.String({ format: "date-time", description: "its execute_at" }),
-  campaign: orNull(campaignField.schema, "null if it has none"),
+  campaign: orNull(campaignField.schema, "null if there is none"),
 });
 const ReservedPoints = Type.Object({
-  reserved_points: Type.Array(ReservedPoint, { description: "by add_date" }),
+  reserved_points: Type.Array(ReservedPoint, { description: "in the order of add_date" }),
   next_cursor: NextCursor,
 });
 
@@ -75,24 +75,24 @@ const PROCESSING = { ...PENDING, reservation_id: PROCESSING_ID, status: "PROCESS
 const AFTER_PROCESSING = encodeCursor({ time: new Date(PAST), id: PROCESSING_ID });
 
 const LIST = describe({
-  summary: "The reservations of a user",
+  summary: "List the reservations of a user",
   description:
-    "By `execute_at`, in pages of `limit`. Every page costs the same, but a page of PENDING reads past those that are PROCESSING, and the reverse. An unknown user has none. `status` and `campaign` filter.",
+    "In the order of `execute_at`, in pages of `limit` reservations. `status` and `campaign` filter the list. Every page costs the same, except that a page of PENDING reads past PROCESSING reservations, and the reverse. The list of an unknown user is empty.",
   params: userParams,
   query: objectSchema(queryFields),
   answers: {
-    200: answer(ReservedPoints, "One page", {
-      "the first that are PENDING": {
+    200: answer(ReservedPoints, "One page of reservations", {
+      "the first PENDING reservation": {
         params: { user_id: "TestUser01" },
         query: { status: "PENDING", limit: 1 },
         answer: { reserved_points: [PENDING], next_cursor: null },
       },
-      "all of a campaign": {
+      "the first page of a campaign": {
         params: { user_id: "TestUser01" },
         query: { campaign: "summer-2029", limit: 1 },
         answer: { reserved_points: [PROCESSING], next_cursor: AFTER_PROCESSING },
       },
-      "the page after": {
+      "the next page": {
         params: { user_id: "TestUser01" },
         query: { campaign: "summer-2029", status: "PENDING", cursor: AFTER_PROCESSING },
         answer: { reserved_points: [PENDING], next_cursor: null },
@@ -104,9 +104,9 @@ const LIST = describe({
     }),
   },
   refusals: {
-    400: refusal("Broken rules, all of them at once", {
+    400: refusal("The request breaks rules", {
       ...NO_USER_ID,
-      "a status that is none": refused(
+      "not a status": refused(
         { params: { user_id: "TestUser01" }, query: { status: "OPEN", limit: 0 } },
         ({ query }) => parseFields(queryFields, query, { what: "query" }),
       ),

@@ -10,7 +10,7 @@ const READY_MS = 2_000;
 export type Metrics = Record<string, number | undefined>;
 
 /**
- * Makes what answers `/health` (200: the process runs), `/ready` (200 or 503) and, with `metrics`, `/metrics` in the text
+ * Makes the handler of `/health` (200: the process runs), `/ready` (200 or 503) and, with `metrics`, `/metrics` in the text
  * format of Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
  */
 export function serveHealth(
@@ -23,7 +23,9 @@ export function serveHealth(
     if (pathname === "/health") return Response.json({ messages: ["ok"] });
     if (pathname === "/metrics" && metrics) return showMetrics(metrics);
     if (pathname !== "/ready") {
-      return problem(404, "There are /health and /ready", { errors: ["route not found"] });
+      return problem(404, "The paths are /health, /ready and /metrics (scheduler)", {
+        errors: ["route not found"],
+      });
     }
     return (await isReadyInTime(isReady))
       ? Response.json({ messages: ["ok"] })
@@ -31,7 +33,7 @@ export function serveHealth(
   };
 }
 
-/** Whether `isReady` says so within 2 s. */
+/** Whether `isReady` resolves to true within 2 s. */
 export async function isReadyInTime(isReady: () => Promise<boolean>): Promise<boolean> {
   return withDeadline(isReady(), READY_MS, () => new Error("late")).catch(() => false);
 }
@@ -46,8 +48,8 @@ async function showMetrics(metrics: () => Promise<Metrics>): Promise<Response> {
 }
 
 /**
- * Makes what answers only health checks with `fetch` until MySQL is checked, and everything after that: nothing is promised
- * before.
+ * Makes a handler that passes only health checks to `fetch` until MySQL is checked, and then all requests: before that, the
+ * service must not promise anything.
  */
 export function serveOnceChecked({ isChecked }: Pick<Service, "isChecked">, fetch: Fetch): Fetch {
   return (request) => (isChecked() || isHealth(request) ? fetch(request) : notReady());
@@ -57,7 +59,7 @@ function isHealth(request: Request): boolean {
   return /^\/(health\/?)?$/.test(new URL(request.url).pathname);
 }
 
-/** The answer while MySQL is away. */
+/** The answer while MySQL is unavailable. */
 export function notReady(): Response {
   return problem(503, "MySQL does not answer", { errors: ["not ready"], headers: { "retry-after": "1" } });
 }

@@ -21,15 +21,15 @@ function ok(): Response {
 }
 
 const HEALTH = describe({
-  summary: "Whether the process runs",
-  description: "Answers as long as the process runs, even if MySQL is away.",
+  summary: "Check that the process runs",
+  description: "Answers as long as the process runs, even if MySQL is unavailable.",
   answers: { 200: answer(Messages, "The process runs", { alive: { answer: { messages: ["ok"] } } }) },
   refusals: {},
 });
 
 const READY = describe({
-  summary: "Whether the process can serve",
-  description: "Asks MySQL, for 2 seconds at most.",
+  summary: "Check that the process can serve requests",
+  description: "Waits at most 2 seconds for an answer from MySQL.",
   answers: { 200: answer(Messages, "MySQL answers", { ready: { answer: { messages: ["ok"] } } }) },
   refusals: { 503: refusal("MySQL does not answer") },
 });

@@ -7,7 +7,7 @@ import { type Fetch, listen, type Server } from "../http/listen.ts";
 import { openQueue, type Queue, type QueueOptions } from "../queue.ts";
 import { logRetry, pingDatabase, waitForDatabase } from "./wait_for_database.ts";
 
-/** The longest time from a signal to the exit, in milliseconds; 10 s are promised. */
+/** The longest time from a signal to the exit, in milliseconds; the README promises 10 s. */
 const SHUTDOWN_MS = 9_000;
 
 /** The settings of every process. */
@@ -23,21 +23,21 @@ const COMMON = [
 type Common = (typeof COMMON)[number];
 type Port = "PORT" | "SCHEDULER_PORT" | "WORKER_PORT";
 
-/** What a process runs with. Everything that it opens here is closed at its end. */
+/** The resources of a process. Everything that it opens here is closed at its end. */
 export interface Service<Config = unknown> {
   config: Config;
   logger: Logger;
-  /** Aborted by SIGTERM or SIGINT: finish the work in hand, then return. */
+  /** Aborted by SIGTERM or SIGINT: finish the work in progress, then return. */
   signal: AbortSignal;
-  /** Listens from the start on. */
+  /** Listens from the start. */
   server: Server;
   /** The process's own pool. */
   database: Database;
   /** Opens another pool. */
   openDatabase(options: DatabaseOptions): Database;
-  /** Opens the queue, and logs what becomes of its connection. */
+  /** Opens the queue, and logs each change of its connection. */
   openQueue(options: ServiceQueueOptions): Queue;
-  /** Whether MySQL has passed the checks of the start. */
+  /** Whether MySQL has passed the checks at the start. */
   isChecked(): boolean;
   /**
    * Whether the process can do its work now: MySQL is checked and answers, and each queue is ready.
@@ -56,13 +56,13 @@ export interface ServiceQueueOptions extends Pick<QueueOptions, "onHint"> {
 
 export interface ServiceOptions<Name extends keyof Settings> {
   name: string;
-  /** The settings that it reads beside those of every process. */
+  /** The settings that it reads in addition to those of every process. */
   settings: readonly Name[];
-  /** The setting with the port that it serves. */
+  /** The setting that has its port. */
   port: Port;
   /** Time limits of the process's own pool. */
   database?: Pick<DatabaseOptions, "acquireMs" | "workMs">;
-  /** Makes what answers HTTP, which is asked before MySQL is there. */
+  /** Makes the HTTP handler. It gets requests even before MySQL is available. */
   serve: (service: Service<ServiceConfig<Name>>) => Fetch;
   /** Does the work, once MySQL is checked, until `signal` is aborted. */
   main: (service: Service<ServiceConfig<Name>>) => Promise<void>;
@@ -71,14 +71,14 @@ export interface ServiceOptions<Name extends keyof Settings> {
 type ServiceConfig<Name extends keyof Settings> = Pick<Settings, Common | Name>;
 
 /**
- * Runs a process: settings, log, HTTP, MySQL, signals, close. Exits with 0 when `main` returns; with 1 if it throws, or takes
+ * Runs a process: settings, log, HTTP, MySQL, signals, shutdown. Exits with 0 when `main` returns; with 1 if it throws, or takes
  * longer than 9 s after a signal; with 130 or 143 at once on a second signal.
  */
 export async function runService<Name extends keyof Settings>(options: ServiceOptions<Name>): Promise<never> {
   let logger = openLogger(options.name, "info");
   const stop = new AbortController();
   process.on("unhandledRejection", (error) => {
-    logger.fatal({ error: describeError(error) }, "unforeseen error");
+    logger.fatal({ error: describeError(error) }, "unexpected error");
     process.exit(1);
   });
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
@@ -102,7 +102,7 @@ export async function runService<Name extends keyof Settings>(options: ServiceOp
     await serveAndWork(options, { config, logger, signal: stop.signal });
   } catch (error) {
     if (error instanceof ExpectedError) logger.fatal(error.message);
-    else logger.fatal({ error: describeError(error) }, "unforeseen error");
+    else logger.fatal({ error: describeError(error) }, "unexpected error");
     process.exit(1);
   }
   logger.info("stopped");

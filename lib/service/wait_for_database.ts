@@ -5,7 +5,7 @@ import { describeError } from "../errors.ts";
 import { retry } from "../loop.ts";
 
 /**
- * Waits until MySQL answers and `check` passes, with a line in the log for each failure.
+ * Waits until MySQL answers and `check` passes; logs each failure.
  *
  * @returns false if `signal` was aborted first
  * @throws what `check` throws, except outages of MySQL
@@ -28,15 +28,15 @@ export async function waitForDatabase(
 }
 
 /**
- * Asks MySQL for an answer.
+ * Checks that MySQL answers.
  *
- * @throws {DatabaseError} if there is none
+ * @throws {DatabaseError} if it does not
  */
 export async function pingDatabase(database: Database): Promise<void> {
   await database.run((connection) => connection.select("/* ping */ select 1"));
 }
 
-/** Logs each retry of work in MySQL, with the reason: many of them mean a storm of deadlocks. */
+/** Logs each retry of work in MySQL, with the reason. */
 export function logRetry(logger: Logger): (error: DatabaseError, attempt: number) => void {
   return (error, attempt) => logger.warn({ error: describeError(error), attempt }, "retrying transaction");
 }

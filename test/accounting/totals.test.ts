@@ -1,8 +1,10 @@
-import { beforeEach, describe, expect, test } from "bun:test";
+import { beforeEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { dayOf } from "../../lib/accounting/day.ts";
 import { openApp } from "../harness/app.ts";
 import { emptyTables, openTestDatabase } from "../harness/database.ts";
 import { fillTotals } from "./filled.ts";
+
+setDefaultTimeout(30_000);
 
 const db = await openTestDatabase();
 const { app, send } = openApp(db);

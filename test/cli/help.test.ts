@@ -1,7 +1,9 @@
-import { expect, test } from "bun:test";
+import { expect, setDefaultTimeout, test } from "bun:test";
 import { runCommand } from "../harness/command.ts";
 
 // What every command has in common.
+
+setDefaultTimeout(60_000);
 
 test.concurrent.each(["aggregate", "totals", "reconcile", "migrate", "services", "dev", "demo"])(
   "%s --help says how it is used, and exits 0",

@@ -169,10 +169,10 @@ async function runIn(world: World, options: Options): Promise<number> {
     slowest_recovery_ms: recovery.slowestMs,
     violations: violations.length,
   };
-  const kinds = countKinds(recovery, options.apart);
-  console.table(kinds);
+  const by_kind = countKinds(recovery, options.apart);
+  console.table(by_kind);
   console.table([figures]);
-  if (json) await Bun.write(json, `${JSON.stringify({ ...figures, settings: settingsGiven(), kinds })}\n`);
+  if (json) await Bun.write(json, `${JSON.stringify({ ...figures, settings: settingsGiven(), by_kind })}\n`);
   if (recovery.slowestMs > leaseMs + 2 * scanMs) {
     const what = `waited ${recovery.slowestMs} ms while nothing was broken`;
     console.log(await describeFirst([{ what, names: [recovery.slowestId ?? ""] }], evidence));

@@ -121,7 +121,7 @@ export async function describeFirst(violations: readonly Violation[], evidence: 
   };
   // An answer that names the id has the label of the other calls, and a row has the key of its ledger entry.
   const related = /"(?:label|id|reservation_id|idempotencyKey|idempotency_key|request_id)":"([^"]+)"/g;
-  const ofOne = find(sources["Calls and answers"]).filter((line) => !/"label":"\S+ /.test(line));
+  const ofOne = find(sources["Calls and answers"]).filter((line) => !/"label":"[^" ]+ /.test(line));
   for (const line of [...ofOne, ...find(sources.Reservations)]) {
     for (const [, name = ""] of line.matchAll(related)) names.add(name);
   }

@@ -1,8 +1,8 @@
-import { expect } from "bun:test";
+import { afterAll, expect, setDefaultTimeout } from "bun:test";
 import { withDeadline } from "../../lib/loop.ts";
-import type { TestDatabase } from "./database.ts";
 import { AMQP_URL } from "./harness.ts";
-import type { RunningService } from "./processes.ts";
+import { openPipeline } from "./pipeline.ts";
+import type { Entry, RunningService } from "./processes.ts";
 import { type Moment, startProxy, type TcpProxy } from "./proxy.ts";
 
 const PATIENCE_MS = 20_000;
@@ -31,10 +31,10 @@ export function command(name: string, { nth = 1, after }: { nth?: number; after?
   return { name, test };
 }
 
-/** Calls `see` with the name of every command, and stops none; until the next trap is set. */
-function watch(proxy: TcpProxy, see: (name: string, text: string) => void): void {
+/** Calls `see` with every command, and stops none; until the next trap is set. */
+function watch(proxy: TcpProxy, see: (text: string) => void): void {
   function test(text: string) {
-    see(nameOf(text), text);
+    see(text);
     return false;
   }
   proxy.trap({ command: { test }, moment: "unsent", spring() {} });
@@ -43,7 +43,7 @@ function watch(proxy: TcpProxy, see: (name: string, text: string) => void): void
 /** Resolves when a command is on its way to the server, after `then` was called; in time, or not at all. */
 export function seen(proxy: TcpProxy, { name, test }: Command, then = () => {}): Promise<void> {
   const { promise, resolve } = Promise.withResolvers<void>();
-  watch(proxy, (_, text) => {
+  watch(proxy, (text) => {
     if (!test(text)) return;
     then();
     resolve();
@@ -51,26 +51,17 @@ export function seen(proxy: TcpProxy, { name, test }: Command, then = () => {}):
   return withDeadline(promise, PATIENCE_MS, () => new Error(`${name} did not come`));
 }
 
-/**
- * The names of the statements that go through while some work is done, the second and further ones of a name
- * with their number, e.g. `begin 2`.
- */
-export async function statementsOf(proxy: TcpProxy, work: () => Promise<unknown>): Promise<string[]> {
-  const statements: string[] = [];
-  const counts = new Map<string, number>();
-  watch(proxy, (name) => {
-    // Not a statement, or one that sets a new connection up.
-    if (name === "" || name === "set") return;
-    const count = (counts.get(name) ?? 0) + 1;
-    counts.set(name, count);
-    statements.push(count === 1 ? name : `${name} ${count}`);
-  });
+/** The names of the statements that go through while some work is done, with spaces between them. */
+export async function statementsOf(proxy: TcpProxy, work: () => Promise<unknown>): Promise<string> {
+  const names: string[] = [];
+  watch(proxy, (text) => names.push(nameOf(text)));
   await work();
-  return statements;
+  // The others are no statements, or set a new connection up.
+  return names.filter((name) => name !== "" && name !== "set").join(" ");
 }
 
 /** Proxies to both servers, and the settings that lead a process through them. */
-export async function openProxies({ url }: Pick<TestDatabase, "url">) {
+export async function openProxies({ url }: { url: string }) {
   const [mysql, amqp] = [await startProxy(url), await startProxy(AMQP_URL)];
   return {
     mysql,
@@ -110,16 +101,55 @@ export function stopAt(
   return seen(proxy, command, () => process.kill(service.pid, "SIGSTOP"));
 }
 
-/** Gives the process that runs, and if it was killed starts the next one, which finds what it has left. */
-export function relay(start: () => Promise<RunningService>) {
+/** Where to kill a process, and the state that this leaves. */
+export interface KillPoint<State> {
+  statement: string;
+  nth: number;
+  moment: Moment;
+  state: State;
+}
+
+/**
+ * Before the first statement of some work, and after each one of them.
+ *
+ * @param work the names of all its statements; `!` behind those that lead to the next state, e.g. `begin mark_done commit!`
+ */
+export function killPoints<State>(work: string, states: readonly State[]): KillPoint<State>[] {
+  const points: KillPoint<State>[] = [];
+  let place = 0;
+  for (const word of work.split(" ")) {
+    const statement = word.replace("!", "");
+    if (points.length === 0) {
+      points.push({ statement, nth: 1, moment: "unsent", state: states[0] as State });
+    }
+    if (statement !== word) place++;
+    const earlier = points.filter((point) => point.statement === statement && point.moment === "answered");
+    points.push({ statement, nth: earlier.length + 1, moment: "answered", state: states[place] as State });
+  }
+  return points;
+}
+
+/**
+ * Opens a pipeline for all tests of a file, at its top level, with a process that is killed in each of them. `runner` gives
+ * the process that runs, and if it was killed starts the next one, which finds what it has left.
+ */
+export async function openCrashing(entry: Entry, env: Record<string, string> = {}) {
+  setDefaultTimeout(60_000);
+  const pipeline = await openPipeline();
+  const proxies = await openProxies(pipeline.test);
+  afterAll(async () => {
+    await pipeline[Symbol.asyncDispose]();
+    await proxies[Symbol.asyncDispose]();
+  });
   let running: RunningService | undefined;
-  return async function runner() {
+  async function runner() {
     if (running) return running;
-    const started = await start();
+    const started = await pipeline.start(entry, { ...proxies.env, ...env });
     running = started;
     started.exited.then(() => {
       if (running === started) running = undefined;
     });
     return started;
-  };
+  }
+  return { pipeline, proxies, runner };
 }

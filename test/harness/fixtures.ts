@@ -19,7 +19,7 @@ export type RowFields = Partial<Reservation> & { status?: ReservationStatus; sca
 export async function insertReservation(db: TestDatabase, fields: RowFields = {}): Promise<Reservation> {
   const { status = "PENDING", scanAt, ...rest } = fields;
   const reservation = reservationOf(rest);
-  await insertRows(db, [reservation], { status, scanAt });
+  await insertRows(db, { reservations: [reservation], status, scanAt });
   return reservation;
 }
 
@@ -27,34 +27,31 @@ export async function insertReservation(db: TestDatabase, fields: RowFields = {}
 export function insertReservations(
   db: TestDatabase,
   {
-    reservations,
     status = "PENDING",
+    ...rows
   }: { reservations: readonly Reservation[]; status?: "PENDING" | "PROCESSING" },
 ): Promise<void> {
   const scanAt = status === "PENDING" ? undefined : new Date(Date.now() + 3_600_000);
-  return insertRows(db, reservations, { status, scanAt });
+  return insertRows(db, { ...rows, status, scanAt });
 }
 
-async function insertRows(
-  { query }: TestDatabase,
-  reservations: readonly Reservation[],
-  { status, scanAt }: { status: ReservationStatus; scanAt: Date | null | undefined },
-): Promise<void> {
-  const isOpen = status === "PENDING" || status === "PROCESSING";
+interface Rows {
+  reservations: readonly Reservation[];
+  status: ReservationStatus;
+  /** By default `execute_at` if that status waits, else none. */
+  scanAt: Date | null | undefined;
+}
+
+async function insertRows({ query }: TestDatabase, { reservations, status, scanAt }: Rows): Promise<void> {
+  const waits = status === "PENDING" || status === "PROCESSING";
   await query(
     `insert into point_reservations
        (id, user_id, point_amount, execute_at, idempotency_key, campaign, status, scan_at) values ?`,
     [
-      reservations.map(({ id, userId, pointAmount, executeAt, idempotencyKey, campaign }) => [
-        id,
-        userId,
-        pointAmount,
-        executeAt,
-        idempotencyKey,
-        campaign,
-        status,
-        scanAt === undefined ? (isOpen ? executeAt : null) : scanAt,
-      ]),
+      reservations.map(({ id, userId, pointAmount, executeAt, idempotencyKey, campaign }) => {
+        const scan = scanAt === undefined && waits ? executeAt : (scanAt ?? null);
+        return [id, userId, pointAmount, executeAt, idempotencyKey, campaign, status, scan];
+      }),
     ],
   );
 }

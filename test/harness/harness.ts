@@ -27,7 +27,7 @@ export async function errorOf(work: Promise<unknown>): Promise<DatabaseError> {
 
 /** Waits until `condition` gives a value that is not false, undefined or null; fails with `what` after `withinMs`. */
 export async function until<T>(
-  what: string,
+  what: string | (() => string),
   condition: () => T | Promise<T>,
   withinMs = 20_000,
 ): Promise<NonNullable<Exclude<T, false>>> {
@@ -35,6 +35,7 @@ export async function until<T>(
     const value = await condition();
     if (value !== false && value !== undefined && value !== null)
       return value as NonNullable<Exclude<T, false>>;
-    if (performance.now() > end) throw new Error(`Not within ${withinMs} ms: ${what}`);
+    if (performance.now() < end) continue;
+    throw new Error(`Not within ${withinMs} ms: ${typeof what === "string" ? what : what()}`);
   }
 }

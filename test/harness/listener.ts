@@ -6,31 +6,23 @@ export function listenerOf(url: string): number | undefined {
   const { hostname, port } = new URL(url);
   if (hostname !== "127.0.0.1" && hostname !== "localhost") return undefined;
   const hex = Number(port).toString(16).toUpperCase().padStart(4, "0");
-  try {
-    const sockets = ["/proc/net/tcp", "/proc/net/tcp6"]
-      .flatMap((file) => readFileSync(file, "utf8").split("\n"))
-      .map((line) => line.trim().split(/\s+/))
-      .filter(([, local, , state]) => local?.endsWith(`:${hex}`) && state === "0A")
-      .map((fields) => `socket:[${fields[9]}]`);
-    return readdirSync("/proc")
-      .filter((name) => /^\d+$/.test(name))
-      .map(Number)
-      .find((pid) => holdsOneOf(pid, sockets));
-  } catch {
-    return undefined;
-  }
+  const sockets = ["/proc/net/tcp", "/proc/net/tcp6"]
+    .flatMap((file) => ifSeen(() => readFileSync(file, "utf8").split("\n")) ?? [])
+    .map((line) => line.trim().split(/\s+/))
+    .filter(([, local, , state]) => local?.endsWith(`:${hex}`) && state === "0A")
+    .map((fields) => `socket:[${fields[9]}]`);
+  const pid = ifSeen(() => readdirSync("/proc"))?.find((name) => {
+    const files = /^\d+$/.test(name) ? ifSeen(() => readdirSync(`/proc/${name}/fd`)) : undefined;
+    return files?.some((fd) => sockets.includes(ifSeen(() => readlinkSync(`/proc/${name}/fd/${fd}`)) ?? ""));
+  });
+  return pid === undefined ? undefined : Number(pid);
 }
 
-function holdsOneOf(pid: number, sockets: readonly string[]): boolean {
+/** Undefined for what has gone, or is another user's. */
+function ifSeen<T>(read: () => T): T | undefined {
   try {
-    return readdirSync(`/proc/${pid}/fd`).some((fd) => {
-      try {
-        return sockets.includes(readlinkSync(`/proc/${pid}/fd/${fd}`));
-      } catch {
-        return false;
-      }
-    });
+    return read();
   } catch {
-    return false;
+    return undefined;
   }
 }

@@ -1,35 +1,37 @@
-import type { Database } from "../../lib/database.ts";
+import type { Database, Transaction } from "../../lib/database.ts";
 import { type TestDatabase, untilRunning } from "./database.ts";
 import { nameOf } from "./fault_points.ts";
 
 /**
- * A database whose work stops after a statement of that name, and holds its locks until it is told to commit. What else
- * would commit each statement by itself, commits them together here.
+ * A database whose work stops after a statement of that name, or before its `commit`, and holds its locks until it is told
+ * to commit. What else would commit each statement by itself, commits them together here.
  */
 function openHeld({ database }: TestDatabase, name: string) {
   const { promise: gate, resolve: commit } = Promise.withResolvers<void>();
   const { promise: reached, resolve: reach } = Promise.withResolvers<void>();
   const transaction: Database["transaction"] = (work, options) =>
-    database.transaction((transaction) => {
-      async function execute(sql: string, values?: unknown[]) {
-        const result = await transaction.execute(sql, values);
-        if (nameOf(sql) !== name) return result;
+    database.transaction(async (transaction) => {
+      async function pauseAfter<T>(at: string, work: Promise<T>): Promise<T> {
+        const result = await work;
+        if (at !== name) return result;
         reach();
         await gate;
         return result;
       }
-      return work({ ...transaction, execute });
+      const execute: Transaction["execute"] = (sql, values) =>
+        pauseAfter(nameOf(sql), transaction.execute(sql, values));
+      return pauseAfter("commit", work({ ...transaction, execute }));
     }, options);
   return { database: { ...database, run: transaction, transaction }, reached, commit };
 }
 
 export interface Order<A, B> {
   first: (database: Database) => Promise<A>;
-  /** The name of the first one's statement after which it stops, before its COMMIT. */
+  /** The name of the first one's statement after which it stops; `commit` if it stops before that. */
   heldAt: string;
   second: (database: Database) => Promise<B>;
   /** The name of the second one's statement that waits for the first one's locks; without it, the second one ends first. */
-  waitsAt?: string;
+  waitsAt?: string | undefined;
 }
 
 /** Runs two pieces of work at the same time, in a forced order. */

@@ -10,26 +10,10 @@ import { AMQP_URL, DATABASE_URL, silent, uniqueName, until } from "./harness.ts"
 import { type Entry, type RunningService, type StartOptions, startService } from "./processes.ts";
 import { deleteQueue, openChannel } from "./queue.ts";
 
-/** A database and a queue of one's own, and the real processes on them. `await using` ends all of it. */
-export interface Pipeline extends AsyncDisposable {
-  test: TestDatabase;
-  queueName: string;
-  /** The processes that were started, in their order. */
-  services: readonly { entry: Entry; service: RunningService }[];
-  /** Starts a process of an entry file; it is killed with the pipeline. */
-  start(entry: Entry, env?: Record<string, string>, options?: StartOptions): Promise<RunningService>;
-  /** The test's own connection to the queue. */
-  openQueue(): Promise<Queue>;
-  /** A channel as an operator has one, without our code. */
-  openChannel(): ReturnType<typeof openChannel>;
-  /** How many dead letters there are. */
-  countDead(): Promise<number>;
-}
+export type Pipeline = Awaited<ReturnType<typeof openPipeline>>;
 
-export async function openPipeline({
-  databaseUrl = DATABASE_URL,
-  amqpUrl = AMQP_URL,
-} = {}): Promise<Pipeline> {
+/** Opens a database and a queue of one's own, for real processes. `await using` ends all of it. */
+export async function openPipeline({ databaseUrl = DATABASE_URL, amqpUrl = AMQP_URL } = {}) {
   const test = await createTestDatabase({ server: databaseUrl });
   const queueName = uniqueName("pipeline_test");
   const services: { entry: Entry; service: RunningService }[] = [];
@@ -37,20 +21,22 @@ export async function openPipeline({
   return {
     test,
     queueName,
+    /** The processes that were started, in their order. */
     services,
-    async start(entry, env = {}, options) {
+    /** Starts a process of an entry file; it is killed with the pipeline. */
+    async start(entry: Entry, env: Record<string, string> = {}, options?: StartOptions) {
       const all = { DATABASE_URL: test.url, AMQP_URL: amqpUrl, QUEUE: queueName, ...env };
       const service = await startService(entry, all, options);
       services.push({ entry, service });
       return service;
     },
+    /** The test's own connection to the queue. */
     async openQueue() {
       const queue = openQueue(amqpUrl, { name: queueName, onConnected() {}, onDisconnected() {} });
       queues.push(queue);
       await until("the test's queue is ready", () => queue.isReady());
       return queue;
     },
-    openChannel: () => openChannel(amqpUrl),
     async countDead() {
       await using operator = await openChannel(amqpUrl);
       return (await operator.channel.checkQueue(`${queueName}.dead`)).messageCount;
@@ -64,10 +50,7 @@ export async function openPipeline({
   };
 }
 
-/**
- * Grants reservations as a worker does when their messages come, one message for each of `messages`. Resolves to what
- * becomes of the messages.
- */
+/** Grants reservations as a worker does when their messages come; resolves to what becomes of each message. */
 export function processReservations(
   messages: readonly (readonly Reservation[])[],
   { database, logger = silent, maxAttempts = 10 }: Partial<GrantOptions> & Pick<GrantOptions, "database">,
@@ -106,7 +89,7 @@ export function requestsOf(count: number, { spreadMs }: { spreadMs: number }): R
   }));
 }
 
-/** Reserves over HTTP as a client would: the same key again where the answer is 503 or lost. Resolves to the ids. */
+/** Reserves over HTTP as a client does: the same key again if the answer is 503 or lost. Resolves to the ids. */
 export async function reserveAll(
   url: string,
   { requests, concurrency = 50 }: { requests: readonly Request[]; concurrency?: number },
@@ -114,60 +97,44 @@ export async function reserveAll(
   const ids: string[] = [];
   const waiting = requests.entries();
   async function client() {
-    for (const [index, request] of waiting) ids[index] = await reserve(url, request);
+    for (const [index, request] of waiting) {
+      ids[index] = await until("it is reserved", () => reserve(url, request), 60_000);
+    }
   }
   await Promise.all(Array.from({ length: concurrency }, client));
   return ids;
 }
 
-async function reserve(url: string, request: Request): Promise<string> {
-  for (let tries = 0; tries < 600; tries++) {
-    const response = await fetch(`${url}/point/reserve`, {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify(request),
-    }).catch(() => undefined);
-    if (response?.status === 201) {
-      return ((await response.json()) as { reservation_id: string }).reservation_id;
-    }
-    if (response && response.status !== 503) {
-      throw new Error(`Reserving was answered with ${response.status}: ${await response.text()}`);
-    }
-    await Bun.sleep(100);
-  }
-  throw new Error("Reserving was not answered with 201 in 600 tries");
+async function reserve(url: string, request: Request): Promise<string | undefined> {
+  const init = { headers: { "content-type": "application/json" }, body: JSON.stringify(request) };
+  const response = await fetch(`${url}/point/reserve`, { method: "POST", ...init }).catch(() => undefined);
+  if (!response || response.status === 503) return undefined;
+  const body = await response.text();
+  if (response.status === 201) return JSON.parse(body).reservation_id;
+  throw new Error(`Reserving was answered with ${response.status}: ${body}`);
 }
 
-/** How many reservations stand where. */
-export async function countStatuses({
-  query,
-}: TestDatabase): Promise<Partial<Record<ReservationStatus, number>>> {
-  const rows = await query<{ status: ReservationStatus; count: number }>(
+/** The number of reservations in each status. */
+export async function countStatuses(test: TestDatabase): Promise<Partial<Record<ReservationStatus, number>>> {
+  const rows = await test.query<{ status: ReservationStatus; count: number }>(
     "select status, count(*) count from point_reservations group by status",
   );
-  return Object.fromEntries(rows.map(({ status, count }) => [status, Number(count)]));
+  return Object.fromEntries(rows.map(({ status, count }) => [status, count]));
 }
 
-/** Waits until that many reservations are DONE; says where they stand if they are not in time. */
+/** Waits until that many reservations are DONE. */
 export async function untilDone(
   test: TestDatabase,
   { count, withinMs = 30_000 }: { count: number; withinMs?: number },
 ): Promise<void> {
   let seen = {};
-  try {
-    await until(
-      "all DONE",
-      async () => {
-        // A restart of MySQL is no failure of the test's.
-        const counts = await countStatuses(test).catch(() => undefined);
-        if (counts) seen = counts;
-        return counts?.DONE === count;
-      },
-      withinMs,
-    );
-  } catch {
-    throw new Error(`Not ${count} DONE within ${withinMs} ms, but ${JSON.stringify(seen)}`);
+  async function areDone() {
+    // A restart of MySQL is no failure of the test's.
+    const counts = await countStatuses(test).catch(() => undefined);
+    if (counts) seen = counts;
+    return counts?.DONE === count;
   }
+  await until(() => `${count} are DONE, but ${JSON.stringify(seen)}`, areDone, withinMs);
 }
 
 /** Ledger, balances and reservations agree, and nothing was granted early. */

@@ -1,3 +1,4 @@
+import { once } from "node:events";
 import { connect, createServer, type Socket } from "node:net";
 import { freePorts } from "../../lib/dev/servers.ts";
 
@@ -19,40 +20,13 @@ export interface Pace {
   pieceBytes: number;
 }
 
-/** Stands between a client and a real server, and breaks what a network breaks. `await using` closes it. */
-export interface TcpProxy extends AsyncDisposable {
-  /** The server's URL, but through the proxy. */
-  url: string;
-  /** The connections that are open. */
-  connections(): number;
-  /** How many commands of that name have been passed on to the server, `basic.publish` for example. */
-  passed(command: string): number;
-  /** Ends every connection; new ones come through. */
-  cut(): void;
-  /** Like a server that is down: ends every connection, and takes no new ones. */
-  refuse(): Promise<void>;
-  /** Ends every connection with a reset, as a peer that has rebooted does; new ones come through. */
-  reset(): void;
-  /** Like a dead peer: takes connections and bytes, and passes nothing on. */
-  hold(): void;
-  /** Like a bad line: passes everything on, in both directions, but late and in small pieces. */
-  slow(pace?: Pace): void;
-  /** All is well again, on new connections. */
-  serve(): Promise<void>;
-  /** Sends bytes to every client as if the server had. */
-  inject(bytes: Uint8Array): void;
-  /** Sets a trap for the next command that matches, instead of the one before; none without `trap`. */
-  trap(trap?: Trap): void;
-  close(): Promise<void>;
-}
+export type TcpProxy = Awaited<ReturnType<typeof startProxy>>;
 
-interface Command {
-  bytes: Buffer;
-  text: string;
-}
-
-/** Starts a proxy to the server of a MySQL, AMQP or HTTP URL, on a free port. */
-export async function startProxy(target: string, { serving = true } = {}): Promise<TcpProxy> {
+/**
+ * Starts a proxy to the server of a MySQL, AMQP or HTTP URL, on a free port: it stands between a client and a real server,
+ * and breaks what a network breaks. `await using` closes it.
+ */
+export async function startProxy(target: string, { serving = true } = {}) {
   const { hostname, port: targetPort, protocol } = new URL(target);
   const readCommand = { "amqp:": amqpCommand, "mysql:": mysqlCommand }[protocol] ?? anyBytes;
   const [port = 0] = await freePorts(1);
@@ -104,10 +78,6 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
     }
   });
 
-  const proxied = new URL(target);
-  proxied.hostname = "127.0.0.1";
-  proxied.port = String(port);
-
   function end(how: "destroy" | "resetAndDestroy") {
     for (const { client, server } of pairs) {
       client[how]();
@@ -116,12 +86,10 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
     pairs.clear();
   }
   const cut = () => end("destroy");
-  function listen(): Promise<void> {
-    if (listener.listening) return Promise.resolve();
-    const { promise, resolve, reject } = Promise.withResolvers<void>();
-    listener.once("error", reject);
-    listener.listen(port, "127.0.0.1", () => resolve());
-    return promise;
+  async function listen() {
+    if (listener.listening) return;
+    listener.listen(port, "127.0.0.1");
+    await once(listener, "listening");
   }
   async function refuse() {
     const closed = listener.listening && new Promise((resolve) => listener.close(resolve));
@@ -131,28 +99,39 @@ export async function startProxy(target: string, { serving = true } = {}): Promi
   if (serving) await listen();
 
   return {
-    url: proxied.href,
+    /** The server's URL, but through the proxy. */
+    url: Object.assign(new URL(target), { hostname: "127.0.0.1", port }).href,
+    /** The number of connections that are open. */
     connections: () => pairs.size,
-    passed: (command) => passed[command] ?? 0,
+    /** How many commands of that name have been passed on to the server, `basic.publish` for example. */
+    passed: (command: string) => passed[command] ?? 0,
+    /** Ends every connection; new ones come through. */
     cut,
+    /** Like a server that is down: ends every connection, and takes no new ones. */
     refuse,
+    /** Ends every connection with a reset, as a peer that has rebooted does; new ones come through. */
     reset: () => end("resetAndDestroy"),
+    /** Like a dead peer: takes connections and bytes, and passes nothing on. */
     hold() {
       held = true;
     },
-    slow(next) {
+    /** Like a bad line: passes everything on, in both directions, but late and in small pieces. */
+    slow(next?: Pace) {
       pace = next;
     },
+    /** All is well again, on new connections. */
     async serve() {
       held = false;
       pace = undefined;
       cut();
       await listen();
     },
-    inject(bytes) {
+    /** Sends bytes to every client as if the server had. */
+    inject(bytes: Uint8Array) {
       for (const { client } of pairs) client.write(bytes);
     },
-    trap(next) {
+    /** Sets a trap for the next command that matches, instead of the one before; none without `next`. */
+    trap(next?: Trap) {
       trap = next;
     },
     close: refuse,
@@ -184,16 +163,14 @@ function lineTo(socket: Socket, paceNow: () => Pace | undefined): (bytes: Buffer
 type ReadCommand = (bytes: Buffer) => { length: number; text: () => string } | undefined;
 
 /** Gathers a client's bytes, and gives them back in whole packets. */
-function splitCommands(read: ReadCommand): (chunk: Buffer) => Command[] {
+function splitCommands(read: ReadCommand) {
   let rest: Buffer = Buffer.alloc(0);
-  return (chunk) => {
+  return function* (chunk: Buffer) {
     rest = Buffer.concat([rest, chunk]);
-    const commands: Command[] = [];
-    for (;;) {
-      const command = read(rest);
-      if (!command || rest.length < command.length) return commands;
-      commands.push({ bytes: rest.subarray(0, command.length), text: command.text() });
-      rest = rest.subarray(command.length);
+    for (let next = read(rest); next && next.length <= rest.length; next = read(rest)) {
+      const bytes = rest.subarray(0, next.length);
+      rest = rest.subarray(next.length);
+      yield { bytes, text: next.text() };
     }
   };
 }

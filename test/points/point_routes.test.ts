@@ -162,7 +162,7 @@ describe("PUT /point/add and PUT /point/sub under load:", () => {
     ]);
   });
 
-  test("a balance that somebody holds delays its own changes only (fault 43)", async () => {
+  test("a balance that somebody holds delays its own changes only", async () => {
     const [held, free, stranger] = [newUser(), newUser(), newUser()];
     for (const user of [held, free]) await setBalance(user, 10n);
     let waiting: Promise<Response>[] = [];

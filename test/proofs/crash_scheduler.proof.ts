@@ -1,22 +1,15 @@
-import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
-import { command, killAt, openProxies, relay } from "../harness/fault_points.ts";
+import { expect, test } from "bun:test";
+import { command, killAt, openCrashing } from "../harness/fault_points.ts";
 import { insertReservations, reservationOf } from "../harness/fixtures.ts";
 import { until } from "../harness/harness.ts";
-import { countStatuses, expectAllDoneOnce, openPipeline, untilDone } from "../harness/pipeline.ts";
+import { countStatuses, expectAllDoneOnce, untilDone } from "../harness/pipeline.ts";
 
-setDefaultTimeout(60_000);
-
-const pipeline = await openPipeline();
-const proxies = await openProxies(pipeline.test);
-const runner = relay(() =>
-  pipeline.start("scheduler", { ...proxies.env, LEASE_MS: "1000", PUBLISH_CHUNK: "1" }),
-);
+const { pipeline, proxies, runner } = await openCrashing("scheduler", {
+  LEASE_MS: "1000",
+  PUBLISH_CHUNK: "1",
+});
 await pipeline.start("worker");
 let count = 0;
-afterAll(async () => {
-  await pipeline[Symbol.asyncDispose]();
-  await proxies[Symbol.asyncDispose]();
-});
 
 // A scan that finds nothing commits too: only the COMMIT behind the UPDATE is the claim's.
 const COMMIT = () => command("commit", { after: "mark_processing" });

@@ -9,11 +9,13 @@ import {
   expectAllDoneOnce,
   openPipeline,
   type Pipeline,
+  publishReservations,
   untilDone,
 } from "../harness/pipeline.ts";
 import { type RunningService, untilLogged } from "../harness/processes.ts";
+import { startProxy } from "../harness/proxy.ts";
 
-// Processes that hang, as SIGSTOP makes them, for longer than a lease, and then go on.
+// Processes that hang, as SIGSTOP makes them, for longer than a lease, and then go on; and one whose MySQL hangs.
 
 setDefaultTimeout(60_000);
 
@@ -35,12 +37,13 @@ function untilLeasesEnded({ test }: Pipeline): Promise<unknown> {
   });
 }
 
-/** What a worker says that it has granted, and that it has found over, in all its messages so far. */
-function processedBy(worker: RunningService) {
-  const lines = worker.log().filter(({ msg }) => msg === "processed");
-  const sumOf = (figure: "messages" | "granted" | "over") =>
-    lines.reduce((sum, line) => sum + Number(line[figure] ?? 0), 0);
-  return { messages: sumOf("messages"), granted: sumOf("granted"), over: sumOf("over") };
+/** The sums of what a worker has logged about its messages. */
+function processedBy({ log }: RunningService) {
+  const sums = { messages: 0, granted: 0, over: 0 };
+  for (const line of log().filter(({ msg }) => msg === "processed")) {
+    for (const figure of ["messages", "granted", "over"] as const) sums[figure] += Number(line[figure] ?? 0);
+  }
+  return sums;
 }
 
 describe("scheduler.ts stopped past its lease, then resumed", () => {
@@ -122,3 +125,28 @@ test.each([
     await expectAllDoneOnce(test, 3);
   },
 );
+
+test("worker.ts exits 0 within 10 s of SIGTERM while MySQL does not answer, and at once at a second signal", async () => {
+  await using pipeline = await openPipeline();
+  await using proxy = await startProxy(pipeline.test.url);
+  const env = { DATABASE_URL: proxy.url, WORKER_BATCH: "1", PUBLISH_CHUNK: "10" };
+  const [patient, hasty] = [await pipeline.start("worker", env), await pipeline.start("worker", env)];
+  for (const worker of [patient, hasty]) await untilLogged(worker, "consuming");
+  const queue = await pipeline.openQueue();
+  const reservations = [reservationOf(), reservationOf()];
+  await insertReservations(pipeline.test, { reservations, status: "PROCESSING" });
+  proxy.hold();
+  await publishReservations(queue, { reservations });
+  await until("both messages are in hand", async () => (await queue.depth()) === 0);
+  const startedAt = performance.now();
+  const ended = patient.kill("SIGTERM");
+  hasty.kill("SIGTERM");
+  await untilLogged(hasty, "stopping");
+  expect(await hasty.kill("SIGTERM")).toBe(143);
+  expect(patient.log().at(-1)).toMatchObject({ msg: "stopping" });
+  expect(await ended).toBe(0);
+  expect(performance.now() - startedAt).toBeLessThan(10_000);
+  await pipeline.start("worker");
+  await untilDone(pipeline.test, { count: 2 });
+  await expectAllDoneOnce(pipeline.test, 2);
+});

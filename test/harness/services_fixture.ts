@@ -1,6 +1,6 @@
-/** One run of another clone, in a process of its own: `bun test/services_fixture.ts acquire|find|lock PATH`. */
-import { withLock } from "../lib/dev/lock.ts";
-import { acquireServices, findRunning } from "../lib/dev/services.ts";
+/** One run of another clone, in a process of its own: `bun test/harness/services_fixture.ts acquire|find|lock PATH`. */
+import { withLock } from "../../lib/dev/lock.ts";
+import { acquireServices, findRunning } from "../../lib/dev/services.ts";
 
 const [job = "", path = ""] = process.argv.slice(2);
 const say = (line: string) => console.error(line);
@@ -22,11 +22,7 @@ if (job === "acquire") {
     answer({ error: error instanceof Error ? error.message : String(error) });
   }
 }
-if (job === "find") {
-  const startedAt = performance.now();
-  const found = await findRunning({ root: path, say });
-  answer({ found: found ?? null, tookMs: performance.now() - startedAt });
-}
+if (job === "find") answer((await findRunning({ root: path, say })) ?? null);
 if (job === "lock") {
   await withLock(
     path,
