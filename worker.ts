@@ -185,7 +185,7 @@ async function recordFailure(id: string, error: DatabaseError, options: GrantOpt
     const attempts = row.attempts + 1;
     if (attempts >= maxAttempts) {
       return fail(transaction, row, {
-        reason: `Gave up after ${attempts} attempts: ${error.message}`,
+        reason: `Gave up at attempt ${attempts}: ${error.message}`,
         logger,
       });
     }

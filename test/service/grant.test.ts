@@ -190,7 +190,7 @@ test("processMessages() tries a row that fails by itself later and later, grants
   await grant([[cursed]], { maxAttempts: 4 });
   const { lastError, ...details } = await detailsOf(cursed);
   expect(details).toMatchObject({ status: "FAILED", attempts: 4, scanAt: null });
-  expect(lastError).toMatch(/^Gave up after 4 attempts: MySQL failed with ER_/);
+  expect(lastError).toMatch(/^Gave up at attempt 4: MySQL failed with ER_/);
   await grant([[cursed]]);
   expect(await endOf(cursed)).toEqual(["FAILED", undefined]);
   await expectAgreement(db);

@@ -102,7 +102,7 @@ test("worker.ts grants WORKER_BATCH reservations in one transaction, and gives o
   await until("it is FAILED", async () => (await countStatuses(pipeline.test)).FAILED === 1);
   expect(
     await pipeline.test.query("select last_error from point_reservations where attempts > 0"),
-  ).toMatchObject([{ last_error: expect.stringContaining("Gave up after 1 attempts") }]);
+  ).toMatchObject([{ last_error: expect.stringContaining("Gave up at attempt 1") }]);
 });
 
 test("ALLOW_LOSSY_DATABASE lets a process run on a MySQL whose settings may lose commits", async () => {
