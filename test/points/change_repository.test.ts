@@ -5,6 +5,7 @@ import { type ChangeOutcome, changePoints } from "../../lib/points/change_reposi
 import { addPointsIdempotent } from "../../lib/points/ledger_repository.ts";
 import { MAX_POINT_NUM, type PointTransaction } from "../../lib/points/point.ts";
 import { emptyTables, openTestDatabase, untilRunning } from "../harness/database.ts";
+import { reservationOf } from "../harness/fixtures.ts";
 import { errorOf } from "../harness/harness.ts";
 import { inOrder } from "../harness/orders.ts";
 import { ledgerOf, pointsOf, setBalance } from "./balances.ts";
@@ -160,6 +161,34 @@ describe("changePoints() beside others", () => {
       });
       expect(outcomes).toEqual([["changed"], [outcome]]);
       expect(await pointsOf(db, "new")).toEqual([points]);
+    },
+  );
+
+  test.each(["a change", "a grant"])(
+    "adds to what the other one leaves if %s comes first (fault 8)",
+    async (which) => {
+      await setBalance(db, "a", 15n);
+      const { id } = reservationOf();
+      const grant = { ...changeOf(id, "a", 100), kind: "grant", reservationId: id } as const;
+      const change = (database: Database) => changePoints(database, [changeOf("key", "a", -10)]);
+      const give = (database: Database) =>
+        database.transaction((transaction) => addPointsIdempotent(transaction, [grant]));
+      if (which === "a change") {
+        await inOrder(db, {
+          first: change,
+          heldAt: "add_to_known",
+          second: give,
+          waitsAt: "upsert_balances",
+        });
+      } else {
+        await inOrder(db, {
+          first: give,
+          heldAt: "upsert_balances",
+          second: change,
+          waitsAt: "lock_balances",
+        });
+      }
+      expect(await pointsOf(db, "a")).toEqual([105n]);
     },
   );
 
