@@ -123,7 +123,9 @@ export function checkFields<F extends Fields>(
   const given = input as Record<string, unknown>;
   const values: Record<string, unknown> = {};
   const brokenRules: BrokenRule[] = [];
-  for (const [name, { parse }] of Object.entries(fields)) {
+  // Not by Object.entries(), which would make arrays for each reservation.
+  for (const name in fields) {
+    const { parse } = fields[name] as Field;
     const parsed = parse(given[name], name);
     if ("broken" in parsed) brokenRules.push(parsed.broken);
     else values[name] = parsed.value;

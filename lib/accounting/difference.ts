@@ -1,3 +1,4 @@
+import { plural } from "../errors.ts";
 import type { EntryKind, ReservationStatus } from "../schema.ts";
 
 /** A ledger entry in a difference. */
@@ -130,9 +131,4 @@ function listEntries(entries: readonly ShownEntry[]): string {
 
 function showTotal({ entries, points, users, late_ms_sum, late_ms_max }: ShownTotal): string {
   return `${plural(entries, "entry", "entries")}, ${plural(points, "point")}, ${plural(users, "user")}, late by ${late_ms_sum} ms in total and ${late_ms_max} ms at most`;
-}
-
-/** A number with its noun: `1 day`, `2 days`. */
-export function plural(count: number | bigint, one: string, many = `${one}s`): string {
-  return `${count} ${BigInt(count) === 1n ? one : many}`;
 }

@@ -2,7 +2,7 @@ import { type Static, Type } from "@sinclair/typebox";
 import { Elysia } from "elysia";
 import Negotiator from "negotiator";
 import type { Database } from "../database.ts";
-import { described, objectSchema, optional, parseFields } from "../field.ts";
+import { described, objectSchema, optional } from "../field.ts";
 import {
   answer,
   describe,
@@ -14,7 +14,7 @@ import {
   UNAVAILABLE,
 } from "../http/describe.ts";
 import { NOW } from "../http/examples.ts";
-import { parseQuery } from "../http/request.ts";
+import { parseQuery, parseQueryFields } from "../http/request.ts";
 import { digitsOf, EntryKindName } from "../points/point.ts";
 import { campaignField } from "../reservations/reservation.ts";
 import { type DailyTotal, dailyTotalOf, TOTAL_COLUMNS } from "./daily_total.ts";
@@ -157,7 +157,7 @@ const LIST_TOTALS = describe({
   refusals: {
     400: refusal("The request breaks rules, or there are more than 10,000 totals", {
       "not a day": refused({ query: { from: "31.1.2026" } }, ({ query }) =>
-        parseFields(totalFields, query, { what: "query" }),
+        parseQueryFields(totalFields, query),
       ),
       "the wrong order": refused({ query: { from: "2026-02-02", to: "2026-02-01" } }, ({ query }) =>
         newDays(query, { timeZone: "UTC" }),

@@ -2,10 +2,10 @@ import { Option } from "commander";
 import { aggregate } from "../accounting/aggregate.ts";
 import { countWaiting } from "../accounting/count_repository.ts";
 import { type Days, dayField, daysBetween, newDays } from "../accounting/day.ts";
-import { plural } from "../accounting/difference.ts";
 import { chooseTimeZone, resetDay, startGeneration } from "../accounting/total_repository.ts";
 import { readSettings } from "../config.ts";
 import { openDatabase } from "../database.ts";
+import { plural } from "../errors.ts";
 import { newCommand, parserOf, runCommand } from "./command.ts";
 import { openProgress } from "./progress.ts";
 

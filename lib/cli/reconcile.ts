@@ -1,5 +1,5 @@
 import { hostname, userInfo } from "node:os";
-import { type Difference, describeDifference, plural } from "../accounting/difference.ts";
+import { type Difference, describeDifference } from "../accounting/difference.ts";
 import { OVERDUE_MS } from "../accounting/overdue_check.ts";
 import { reconcile } from "../accounting/reconcile.ts";
 import { repairBalance } from "../accounting/repair.ts";
@@ -7,6 +7,7 @@ import { estimateRows, type Reconciliation } from "../accounting/run_repository.
 import { readSettings } from "../config.ts";
 import { type Database, openDatabase } from "../database.ts";
 import { DatabaseError } from "../database_errors.ts";
+import { plural } from "../errors.ts";
 import { digitsOf } from "../points/point.ts";
 import { newCommand, runCommand } from "./command.ts";
 import { openProgress } from "./progress.ts";

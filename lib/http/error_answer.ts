@@ -6,7 +6,7 @@ import { DomainError, type DomainErrorCode, describeError, explain } from "../er
 import { HttpError, problem } from "./problem.ts";
 
 /** A code that is missing here does not concern clients: 500. */
-export const STATUS: Partial<Record<DomainErrorCode, number>> = {
+const STATUS: Partial<Record<DomainErrorCode, number>> = {
   INVALID_INPUT: 400,
   NOT_FOUND: 404,
   CONFLICT: 409,

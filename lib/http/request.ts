@@ -82,6 +82,15 @@ export function parseQuery<F extends Fields>(request: Request, fields: F): Value
     const isNumber = field?.schema.type === "integer" && /^\d{1,15}$/.test(text);
     query[name] = isNumber ? Number(text) : text;
   }
+  return parseQueryFields(fields, query);
+}
+
+/**
+ * Parses the parameters of a query, by name.
+ *
+ * @throws {DomainError} INVALID_INPUT, with every broken rule
+ */
+export function parseQueryFields<F extends Fields>(fields: F, query: unknown): Values<F> {
   return parseFields(fields, query, { what: "query" });
 }
 

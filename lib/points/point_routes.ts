@@ -2,8 +2,8 @@ import type { Static } from "@sinclair/typebox";
 import { Elysia } from "elysia";
 import { coalesce } from "../coalesce.ts";
 import type { Database } from "../database.ts";
-import { DomainError, keyConflict } from "../errors.ts";
-import { objectSchema, parseFields } from "../field.ts";
+import { DomainError, keyConflict, plural } from "../errors.ts";
+import { objectSchema } from "../field.ts";
 import {
   answer,
   describe,
@@ -15,7 +15,7 @@ import {
   replayed,
   UNAVAILABLE,
 } from "../http/describe.ts";
-import { BATCHING, headerKeyOf, parseQuery, readJson } from "../http/request.ts";
+import { BATCHING, headerKeyOf, parseQuery, parseQueryFields, readJson } from "../http/request.ts";
 import { findBalance } from "./balance_queries.ts";
 import { type ChangeOutcome, changePoints } from "./change_repository.ts";
 import {
@@ -86,7 +86,7 @@ function refusedChange(
   outcome: RefusedChange,
 ): DomainError {
   const amount = Math.abs(pointAmount);
-  const what = `Cannot ${pointAmount > 0 ? "add" : "subtract"} ${amount} ${amount === 1 ? "point" : "points"}`;
+  const what = `Cannot ${pointAmount > 0 ? "add" : "subtract"} ${plural(amount, "point")}`;
   switch (outcome) {
     case "conflict":
       return keyConflict();
@@ -196,7 +196,7 @@ const CONFIRM = describe({
   refusals: {
     400: refusal("The user id breaks a rule, or the user has never received points", {
       "not a user id": refused({ query: { user_id: "Test-User" } }, ({ query }) =>
-        parseFields(confirmFields, query, { what: "query" }),
+        parseQueryFields(confirmFields, query),
       ),
       "an unknown user": {
         query: { user_id: "Nobody" },

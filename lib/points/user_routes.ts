@@ -2,7 +2,7 @@ import { type Static, Type } from "@sinclair/typebox";
 import { Elysia } from "elysia";
 import type { Database } from "../database.ts";
 import { type DomainError, notFound } from "../errors.ts";
-import { objectSchema, optional, parseFields, timeField } from "../field.ts";
+import { objectSchema, optional, timeField } from "../field.ts";
 import {
   answer,
   describe,
@@ -16,7 +16,7 @@ import {
   Uuid,
 } from "../http/describe.ts";
 import { DONE_ID, PAST, SUBTRACTED, TRANSACTION_ID } from "../http/examples.ts";
-import { parseQuery } from "../http/request.ts";
+import { parseQuery, parseQueryFields } from "../http/request.ts";
 import { encodeCursor, nextCursor, pageFields, pageOf } from "../page.ts";
 import {
   findBalanceAt,
@@ -138,7 +138,7 @@ const READ_BALANCE = describe({
       ...NO_USER_ID,
       "a day instead of a time": refused(
         { params: { user_id: "TestUser01" }, query: { at: "2026-01-01" } },
-        ({ query }) => parseFields(balanceFields, query, { what: "query" }),
+        ({ query }) => parseQueryFields(balanceFields, query),
       ),
     }),
     404: refusal("The user has no balance and no open reservation", {
@@ -218,7 +218,7 @@ const LIST_TRANSACTIONS = describe({
     400: refusal("The request breaks rules", {
       ...NO_USER_ID,
       "not a cursor": refused({ params: { user_id: "TestUser01" }, query: { cursor: "2" } }, ({ query }) =>
-        parseFields(pageFields, query, { what: "query" }),
+        parseQueryFields(pageFields, query),
       ),
     }),
     ...UNAVAILABLE,

@@ -17,7 +17,13 @@ import {
 } from "../http/examples.ts";
 import { readJson } from "../http/request.ts";
 import { newReservationPatch, parseReservationId, reservationPatchFields } from "./reservation.ts";
-import { cancelReservation, patchReservation, retryReservation } from "./reservation_repository.ts";
+import type { ReservationDetails } from "./reservation_queries.ts";
+import {
+  cancelReservation,
+  patchReservation,
+  retryReservation,
+  type Transitioned,
+} from "./reservation_repository.ts";
 import {
   ConflictProblem,
   conflict,
@@ -45,9 +51,7 @@ export function reservationChangeRoutes({ database, hint }: ReservationChangeOpt
       "/point/reservations/:id",
       async ({ params }) => {
         const id = parseReservationId(params.id);
-        const cancelled = await cancelReservation(database, id);
-        if (!cancelled) throw unknownReservation(id);
-        if (!cancelled.isDone) throw cannotCancel(cancelled.details);
+        requireDone(id, await cancelReservation(database, id), cannotCancel);
         return Response.json(cancelledOf(id));
       },
       CANCEL,
@@ -57,11 +61,9 @@ export function reservationChangeRoutes({ database, hint }: ReservationChangeOpt
       async ({ params, request }) => {
         const id = parseReservationId(params.id);
         const patch = newReservationPatch(await readJson(request));
-        const patched = await patchReservation(database, id, patch);
-        if (!patched) throw unknownReservation(id);
-        if (!patched.isDone) throw cannotChange(patched.details);
-        hint(patched.details.executeAt);
-        return Response.json(detailsOf(patched.details));
+        const details = requireDone(id, await patchReservation(database, id, patch), cannotChange);
+        hint(details.executeAt);
+        return Response.json(detailsOf(details));
       },
       PATCH,
     )
@@ -69,14 +71,27 @@ export function reservationChangeRoutes({ database, hint }: ReservationChangeOpt
       "/point/reservations/:id/retry",
       async ({ params }) => {
         const id = parseReservationId(params.id);
-        const retried = await retryReservation(database, id);
-        if (!retried) throw unknownReservation(id);
-        if (!retried.isDone) throw cannotRetry(retried.details);
-        hint(retried.details.executeAt);
-        return Response.json(detailsOf(retried.details));
+        const details = requireDone(id, await retryReservation(database, id), cannotRetry);
+        hint(details.executeAt);
+        return Response.json(detailsOf(details));
       },
       RETRY,
     );
+}
+
+/**
+ * The details of a reservation that is now as requested.
+ *
+ * @throws {DomainError} NOT_FOUND, or what `refuse` makes of its state
+ */
+function requireDone(
+  id: string,
+  transitioned: Transitioned | undefined,
+  refuse: (state: ReservationState) => DomainError,
+): ReservationDetails {
+  if (!transitioned) throw unknownReservation(id);
+  if (!transitioned.isDone) throw refuse(transitioned.details);
+  return transitioned.details;
 }
 
 // ---- DELETE /point/reservations/{id}

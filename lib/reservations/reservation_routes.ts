@@ -2,7 +2,7 @@ import { type Static, Type } from "@sinclair/typebox";
 import { Elysia } from "elysia";
 import type { Database } from "../database.ts";
 import { DomainError, notFound } from "../errors.ts";
-import { idempotencyKeyField, objectSchema, parseFields } from "../field.ts";
+import { idempotencyKeyField, objectSchema } from "../field.ts";
 import {
   answer,
   describe,
@@ -24,7 +24,7 @@ import {
   TRANSACTION_ID,
   UNKNOWN_ID,
 } from "../http/examples.ts";
-import { parseQuery } from "../http/request.ts";
+import { parseQuery, parseQueryFields } from "../http/request.ts";
 import { pointAmountField, userIdField } from "../points/point.ts";
 import { campaignField, parseReservationId, reservationIdField, statusField } from "./reservation.ts";
 import { findReservation, findReservationByKey, type ReservationDetails } from "./reservation_queries.ts";
@@ -228,7 +228,7 @@ const FIND_BY_KEY = describe({
   refusals: {
     400: refusal("The key breaks a rule", {
       "a blank": refused({ query: { idempotency_key: "order 41" } }, ({ query }) =>
-        parseFields(keyFields, query, { what: "query" }),
+        parseQueryFields(keyFields, query),
       ),
     }),
     404: refusal("No reservation has this key", {

@@ -1,7 +1,7 @@
 import { type Static, Type } from "@sinclair/typebox";
 import { Elysia } from "elysia";
 import type { Database } from "../database.ts";
-import { objectSchema, optional, parseFields } from "../field.ts";
+import { objectSchema, optional } from "../field.ts";
 import {
   answer,
   describe,
@@ -14,7 +14,7 @@ import {
   Uuid,
 } from "../http/describe.ts";
 import { FUTURE, PAST, PENDING_ID, PROCESSING_ID } from "../http/examples.ts";
-import { parseQuery } from "../http/request.ts";
+import { parseQuery, parseQueryFields } from "../http/request.ts";
 import { encodeCursor, nextCursor, pageFields, pageOf } from "../page.ts";
 import { parseUserId, pointAmountField } from "../points/point.ts";
 import { NO_USER_ID, userParams } from "../points/user_routes.ts";
@@ -108,7 +108,7 @@ const LIST = describe({
       ...NO_USER_ID,
       "not a status": refused(
         { params: { user_id: "TestUser01" }, query: { status: "OPEN", limit: 0 } },
-        ({ query }) => parseFields(queryFields, query, { what: "query" }),
+        ({ query }) => parseQueryFields(queryFields, query),
       ),
     }),
     ...UNAVAILABLE,
