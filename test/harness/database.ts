@@ -64,15 +64,24 @@ export function openAnother({ url }: TestDatabase): Database & AsyncDisposable {
   return Object.assign(database, { [Symbol.asyncDispose]: () => database.close() });
 }
 
-/** Waits until the server is at a statement of that name, or at so many: they run, or wait for a lock. */
+/**
+ * Waits until the server is at a statement of that name, or at so many: they run, or wait for a lock. The server lists one
+ * that has ended for a moment more, so it counts only if two looks in a row find it.
+ */
 export async function untilRunning(
   { query, name: db }: TestDatabase,
   name: string,
   count = 1,
 ): Promise<void> {
+  let before: number[] = [];
   await until(`${count} × ${name}`, async () => {
-    const threads = await query<{ db: string; Info: string | null }>("show full processlist");
-    return threads.filter((one) => one.db === db && one.Info?.startsWith(`/* ${name} */`)).length >= count;
+    const threads = await query<{ Id: number; db: string; Info: string | null }>("show full processlist");
+    const now = threads
+      .filter((one) => one.db === db && one.Info?.startsWith(`/* ${name} */`))
+      .map(({ Id }) => Id);
+    const stayed = now.filter((id) => before.includes(id));
+    before = now;
+    return stayed.length >= count;
   });
 }
 
