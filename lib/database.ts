@@ -7,6 +7,14 @@ import {
   type RowDataPacket,
 } from "mysql2";
 import { DatabaseError, databaseErrorOf } from "./database_errors.ts";
+import {
+  checkServer,
+  connectionOptions,
+  openSessionEnder,
+  prepareSession,
+  type ServerSession,
+  type SessionOptions,
+} from "./database_session.ts";
 import { backoffMs, sleep, withDeadline } from "./loop.ts";
 
 /** A connection that is reserved for one piece of work. Every statement begins with its name: a comment in snake_case. */
@@ -42,7 +50,7 @@ export interface WorkOptions {
   workMs?: number | undefined;
 }
 
-export interface DatabaseOptions {
+export interface DatabaseOptions extends SessionOptions {
   /** The maximum number of connections. */
   connections?: number;
   /** How long to wait for a connection, and then for the work on it, in milliseconds. */
@@ -56,56 +64,97 @@ export interface DatabaseOptions {
 const MAX_TRIES = 5;
 /** The maximum number of callers that wait for a connection; more are refused, since their clients would time out. */
 const MAX_WAITING = 1_000;
+/** After so many milliseconds, the server is checked again: its settings may have changed, or it may be another one. */
+const CHECK_AGAIN_MS = 5_000;
+const ROLLBACK_MS = 1_000;
 const CLOSE_MS = 2_000;
 
-/** Opens the pool. It connects when the first work needs a connection. */
+/** A connection of the pool that is ready for work. */
+interface OpenSession {
+  connection: Connection;
+  /** As the server knows it. */
+  session: ServerSession;
+  /** When the server was checked, by `performance.now()`. */
+  checkedAtMs: number;
+}
+
+/**
+ * Opens the pool. It connects when the first work needs a connection. A server whose settings are unfit is refused with
+ * `unsafe`, a read-only one with `unavailable`: on each new connection, and again on one that was last checked 5 s ago.
+ */
 export function openDatabase(
   url: string,
-  { connections = 10, acquireMs = 5_000, workMs: usualWorkMs = 20_000, onRetry }: DatabaseOptions = {},
+  {
+    connections = 10,
+    acquireMs = 5_000,
+    workMs: usualWorkMs = 20_000,
+    onRetry,
+    program,
+    allowLossy,
+  }: DatabaseOptions = {},
 ): Database {
   const pool = createPool({
-    uri: url.replace(/^mariadb:/, "mysql:"),
+    ...connectionOptions(url, { program, connectMs: acquireMs }),
     connectionLimit: connections,
     queueLimit: MAX_WAITING,
-    connectTimeout: acquireMs,
-    // So that a dead peer is noticed before a caller waits for it.
-    enableKeepAlive: true,
-    keepAliveInitialDelay: 10_000,
     // Idle connections are closed before the server ends them (`wait_timeout`).
     maxIdle: 1,
     idleTimeout: 10_000,
-    timezone: "Z",
-    supportBigNumbers: true,
     // affectedRows counts the rows that changed, not those that matched: markDone() relies on it.
     flags: ["-FOUND_ROWS"],
   });
+  const sessions = new WeakMap<PoolConnection, OpenSession>();
+  const ender = openSessionEnder(url, { program });
 
   function acquire(): Promise<PoolConnection> {
     return new Promise((resolve, reject) => {
       let isLate = false;
       const timer = setTimeout(() => {
         isLate = true;
-        reject(new DatabaseError("unavailable", `No connection to MySQL within ${acquireMs} ms`));
+        reject(
+          new DatabaseError(
+            "unavailable",
+            `No connection to MySQL within ${acquireMs} ms`,
+            "no connection to MySQL is free",
+          ),
+        );
       }, acquireMs);
       pool.getConnection((error, connection) => {
         clearTimeout(timer);
         if (isLate) connection?.release();
-        else if (error) reject(error);
+        else if (error) reject(connectError(error));
         else resolve(connection);
       });
     });
   }
 
+  async function sessionOf(pooled: PoolConnection): Promise<Connection> {
+    const known = sessions.get(pooled);
+    if (!known) {
+      const session = await prepareSession(pooled.promise(), { allowLossy });
+      const connection = connectionOf(pooled);
+      sessions.set(pooled, { connection, session, checkedAtMs: performance.now() });
+      return connection;
+    }
+    if (performance.now() - known.checkedAtMs > CHECK_AGAIN_MS) {
+      await checkServer(pooled.promise(), { allowLossy });
+      known.checkedAtMs = performance.now();
+    }
+    return known.connection;
+  }
+
   async function runOnce<T>(work: (connection: Connection) => Promise<T>, workMs: number): Promise<T> {
-    const connection = await acquire();
+    const pooled = await acquire();
     try {
-      const late = () => new DatabaseError("unavailable", `MySQL did not answer within ${workMs} ms`);
-      const result = await withDeadline(sessionOf(connection).then(work), workMs, late);
-      connection.release();
+      const late = () => new DatabaseError("timeout", `MySQL did not answer within ${workMs} ms`);
+      const result = await withDeadline(sessionOf(pooled).then(work), workMs, late);
+      pooled.release();
       return result;
     } catch (error) {
       // The next user must not inherit the state of this session.
-      connection.destroy();
+      pooled.destroy();
+      const session = sessions.get(pooled)?.session;
+      if (session && error instanceof DatabaseError && error.kind === "timeout") ender.end(session);
       throw error;
     }
   }
@@ -133,44 +182,40 @@ export function openDatabase(
     transaction: (work, options) =>
       run(async (connection) => {
         await connection.execute("begin");
-        // No ROLLBACK: the connection is destroyed on any error, and MySQL rolls the transaction back.
-        const result = await work({ ...connection, isTransaction: true });
-        await connection.execute("commit");
-        return result;
+        try {
+          const result = await work({ ...connection, isTransaction: true });
+          await connection.execute("commit");
+          return result;
+        } catch (error) {
+          // The connection is destroyed, and MySQL rolls back: but later than the next attempt needs the locks.
+          await withDeadline(connection.execute("rollback"), ROLLBACK_MS, () => new Error("late")).catch(
+            () => undefined,
+          );
+          throw error;
+        }
       }, options),
     async close() {
-      const closed = pool.promise().end();
+      const closed = Promise.all([pool.promise().end(), ender.settled()]);
       await withDeadline(closed, CLOSE_MS, () => new Error("late")).catch(() => undefined);
     },
   };
 }
 
-// The statements rely on these settings. Every connection sets them, whatever the server's defaults are.
-const SESSION = [
-  // wait_timeout: if a process hangs in the middle of a transaction, or its machine dies, its locks are held for this long and
-  // not for the server's 8 hours. The default lease is as long: the rows that it has claimed are not claimed again earlier.
-  `set time_zone = '+00:00', autocommit = 1, innodb_lock_wait_timeout = 5, wait_timeout = 15,
-    sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'
-    /*M! , in_predicate_conversion_threshold = 0 */`,
-  "set session transaction isolation level read committed",
-];
+/** Whatever fails before a connection is there is not the fault of a statement. */
+function connectError(thrown: Error): unknown {
+  const error = databaseErrorOf(thrown);
+  if (error instanceof DatabaseError && error.isOutage) return error;
+  return new DatabaseError("unavailable", `Cannot connect to MySQL: ${thrown.message}`);
+}
 
-/** The connections whose session settings are done. */
-const sessions = new WeakMap<PoolConnection, Connection>();
-
-async function sessionOf(pooled: PoolConnection): Promise<Connection> {
-  const known = sessions.get(pooled);
-  if (known) return known;
+function connectionOf(pooled: PoolConnection): Connection {
   const promised = pooled.promise();
-  const connection: Connection = {
+  return {
     drizzle: namedDrizzle(promised),
     execute: async (sql, values) => (await promised.query<ResultSetHeader>(sql, values))[0],
     select: async <Row extends object>(sql: string, values?: unknown[]) =>
       (await promised.query<(Row & RowDataPacket)[]>(sql, values))[0],
   };
-  for (const sql of SESSION) await connection.execute(sql);
-  sessions.set(pooled, connection);
-  return connection;
 }
 
 /** Drizzle cannot name a statement: one instance per name puts the name in front of the SQL. */
@@ -185,29 +230,4 @@ function namedDrizzle(client: ReturnType<PoolConnection["promise"]>): Connection
     instances.set(name, instance);
     return instance;
   };
-}
-
-/**
- * Refuses a server whose settings lose commits in a crash: the service could not keep the promise of a 201.
- *
- * @throws {DatabaseError} kind `other`, with the setting, the rule and the value
- */
-export async function checkDurability(database: Database): Promise<void> {
-  type Settings = { flush: number; log_bin: number; sync: number };
-  const [settings] = await database.run((connection) =>
-    connection.select<Settings>(
-      `/* check_durability */ select @@global.innodb_flush_log_at_trx_commit flush, @@global.log_bin log_bin,
-         @@global.sync_binlog sync`,
-    ),
-  );
-  const broken = [
-    settings?.flush !== 1 && `innodb_flush_log_at_trx_commit must be 1: it is ${settings?.flush}`,
-    settings?.log_bin === 1 && settings.sync !== 1 && `sync_binlog must be 1: it is ${settings.sync}`,
-  ].filter((rule) => typeof rule === "string");
-  if (broken.length > 0) {
-    throw new DatabaseError(
-      "other",
-      `Cannot promise points on a MySQL that may lose commits: ${broken.join("; ")}. Change that in MySQL, or set ALLOW_LOSSY_DATABASE=true to run anyway`,
-    );
-  }
 }

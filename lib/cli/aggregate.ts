@@ -6,7 +6,7 @@ import { chooseTimeZone, resetDay, startGeneration } from "../accounting/total_r
 import { readSettings } from "../config.ts";
 import { openDatabase } from "../database.ts";
 import { plural } from "../errors.ts";
-import { newCommand, parserOf, runCommand } from "./command.ts";
+import { newCommand, parserOf, print, runCommand } from "./command.ts";
 import { openProgress } from "./progress.ts";
 
 interface Options extends Partial<Days> {
@@ -37,8 +37,8 @@ async function main({ days, isRebuild }: { days: Days | undefined; isRebuild: bo
       ? `${days.from} to ${days.to} recalculated: `
       : "";
   const entries = plural(counted, "ledger entry", "ledger entries");
-  console.log(`${scope}${entries} counted in ${seconds} s, by days of ${timeZone}`);
-  if (isRebuild) console.log(`Set AGGREGATE_TIME_ZONE=${timeZone} for every scheduler, and restart them`);
+  print(`${scope}${entries} counted in ${seconds} s, by days of ${timeZone}`);
+  if (isRebuild) print(`Set AGGREGATE_TIME_ZONE=${timeZone} for every scheduler, and restart them`);
   await database.close();
   return 0;
 }

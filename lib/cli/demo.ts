@@ -1,8 +1,7 @@
-import { InvalidArgumentError } from "commander";
 import { openDatabase } from "../database.ts";
 import { type DemoResult, type DemoRow, demonstrate } from "../dev/demo.ts";
 import { fieldOf, runWithStack } from "../dev/stack.ts";
-import { newCommand, runCommand } from "./command.ts";
+import { ANSWER_IS_NO, newCommand, print, runCommand, wholeUpTo } from "./command.ts";
 
 /** Up to this number, each reservation has its own line; for more, only sums are shown. */
 const MAX_ROWS = 20;
@@ -35,10 +34,10 @@ function main({ count, seconds }: Options): Promise<number> {
       try {
         const onRows = process.stdout.isTTY ? openTable() : openLines();
         const result = await demonstrate({ database, apiUrl, signal, count, seconds, say, onRows });
-        if (!result) return 1;
+        if (!result) return ANSWER_IS_NO;
         if (showResult(result, count)) return 0;
         say(`the last lines of the logs:\n${log.join("\n")}`);
-        return 1;
+        return ANSWER_IS_NO;
       } finally {
         await database.close();
       }
@@ -48,15 +47,15 @@ function main({ count, seconds }: Options): Promise<number> {
 
 /** Prints balances and sums. @returns whether every promise was kept */
 function showResult({ rows, balances, sums }: DemoResult, count: number): boolean {
-  console.log("\nuser             promised   balance");
+  print("\nuser             promised   balance");
   for (const { userId, promised, balance } of balances) {
-    console.log(`${userId.padEnd(14)} ${String(promised).padStart(10)} ${String(balance).padStart(9)}`);
+    print(`${userId.padEnd(14)} ${String(promised).padStart(10)} ${String(balance).padStart(9)}`);
   }
   const late = rows.map(({ late_ms }) => late_ms).filter((ms) => ms !== null);
   const granted = rows.filter(({ status }) => status === "DONE").length;
   const early = late.filter((ms) => ms < 0).length;
   const agree = sums.agree && balances.every(({ promised, balance }) => promised === balance);
-  console.log(
+  print(
     `\n${granted} of ${count} granted, the latest ${Math.max(0, ...late)} ms after its time, ${early} early; ` +
       `ledger (${sums.ledger}), balances (${sums.balances}) and reservations (${sums.reservations}) ${agree ? "agree" : "DO NOT AGREE"}`,
   );
@@ -96,29 +95,22 @@ function openLines(): (rows: readonly DemoRow[]) => void {
       const isOver = rows.every(({ status }) => status === "DONE");
       if (Date.now() - sumsAt < SUMS_MS && !isOver) return;
       sumsAt = Date.now();
-      console.log(describeSums(rows));
+      print(describeSums(rows));
       return;
     }
     for (const [n, row] of rows.entries()) {
       if (shown.get(n) === row.status) continue;
       shown.set(n, row.status);
-      console.log(describeRow(row));
+      print(describeRow(row));
     }
-  };
-}
-
-/** Parses the text of an option as a whole number from 1. */
-function wholeUpTo(max: number): (text: string) => number {
-  return (text) => {
-    if (/^\d+$/.test(text) && Number(text) >= 1 && Number(text) <= max) return Number(text);
-    throw new InvalidArgumentError(`It must be a whole number from 1 to ${max}.`);
   };
 }
 
 if (import.meta.main) {
   const command = newCommand(
     "demo",
-    "Makes reservations for the next seconds, shows how they are granted, and checks all sums. Exits with 1 if a promise is broken.",
+    "Makes reservations for the next seconds, shows how they are granted, and checks all sums.",
+    { no: "if a promise is broken" },
   )
     .option("--count <n>", "the number of reservations, at most 100000", wholeUpTo(100_000), 5)
     .option("--seconds <n>", "the seconds until the last of them is due, at most 3600", wholeUpTo(3_600), 3);

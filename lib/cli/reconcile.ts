@@ -9,7 +9,7 @@ import { type Database, openDatabase } from "../database.ts";
 import { DatabaseError } from "../database_errors.ts";
 import { plural } from "../errors.ts";
 import { digitsOf } from "../points/point.ts";
-import { newCommand, runCommand } from "./command.ts";
+import { ANSWER_IS_NO, newCommand, print, runCommand, write } from "./command.ts";
 import { openProgress } from "./progress.ts";
 
 interface Options {
@@ -54,7 +54,7 @@ async function main({ full = false, repair = false, json = false }: Options): Pr
   }
   output.end(found, { repaired, seconds: (performance.now() - startedAt) / 1_000 });
   await database.close();
-  return found.differences > repaired ? 1 : 0;
+  return found.differences > repaired ? ANSWER_IS_NO : 0;
 }
 
 async function tryRepair(database: Database, userId: string): Promise<RepairOutcome> {
@@ -94,7 +94,7 @@ function openLines(): Output {
   const kinds = new Set<Difference["kind"]>();
   return {
     show(difference, repair) {
-      console.log(`${describeDifference(difference)}${repair ? ` - ${repair.note}` : ""}`);
+      print(`${describeDifference(difference)}${repair ? ` - ${repair.note}` : ""}`);
       if (!repair?.isRepaired) kinds.add(difference.kind);
     },
     end({ isFull, users, reservations, entries, days, differences }, { repaired, seconds }) {
@@ -103,14 +103,14 @@ function openLines(): Output {
         plural(reservations, "reservation"),
         plural(entries, "ledger entry", "ledger entries"),
       ];
-      const scope = isFull ? "everything" : "what has changed since the last clean run";
+      const scope = isFull ? "everything" : "what differs from the counted entries";
       const late = `overdue means ${OVERDUE_MS / 60_000} minutes late`;
       const outcome =
         differences === 0 ? "all agree" : `${plural(differences, "difference")}, ${repaired} repaired`;
-      console.log(
+      print(
         `${rows.join(", ")} and ${plural(days, "day")} checked in ${seconds.toFixed(1)} s (${scope}; ${late}): ${outcome}`,
       );
-      for (const kind of kinds) console.log(`  ${kind}: ${ADVICE[kind]}`);
+      for (const kind of kinds) print(`  ${kind}: ${ADVICE[kind]}`);
     },
   };
 }
@@ -121,13 +121,13 @@ function openJson(): Output {
   return {
     show(difference, repair) {
       const shown = repair ? { ...difference, repaired: repair.isRepaired } : difference;
-      process.stdout.write(`${separator}\n${toJson(shown)}`);
+      write(`${separator}\n${toJson(shown)}`);
       separator = ",";
     },
     end({ isFull, users, reservations, entries, days, differences }, { repaired, seconds }) {
       const checked = { users, reservations, entries, days };
       const summary = { is_full: isFull, checked, difference_count: differences, repaired, seconds };
-      process.stdout.write(`${separator === "," ? "" : separator}\n],${toJson(summary).slice(1)}\n`);
+      write(`${separator === "," ? "" : separator}\n],${toJson(summary).slice(1)}\n`);
     },
   };
 }
@@ -137,17 +137,14 @@ function toJson(value: unknown): string {
 }
 
 if (import.meta.main) {
-  const command = newCommand("reconcile", "Compares balances, ledger, reservations and daily totals.")
-    .option("--full", "check everything, not only what has changed since the last clean run")
+  const command = newCommand("reconcile", "Compares balances, ledger, reservations and daily totals.", {
+    no: "if differences are left",
+  })
+    .option("--full", "check everything, not only what differs from the counted entries")
     .option(
       "--repair",
       "set wrong balances to the sum of the ledger, and record each repair in point_repairs",
     )
-    .option("--json", "print one JSON document instead of lines")
-    .addHelpText(
-      "after",
-      "\nExit codes: 0 if no difference is left, 1 if differences are left, 2 for wrong options, 3 if the check failed.",
-    );
-  // Not 1, which means that there are differences.
-  await runCommand(command, { what: "reconcile", failed: 3, run: main });
+    .option("--json", "print one JSON document instead of lines");
+  await runCommand(command, { what: "reconcile", run: main });
 }

@@ -3,7 +3,7 @@ import { constants } from "node:os";
 import type { Services, ServicesOptions } from "../dev/clone.ts";
 import { kill } from "../dev/processes.ts";
 import { acquireServices, findRunning, keepServices, stopServices } from "../dev/services.ts";
-import { newCommand } from "./command.ts";
+import { ANSWER_IS_NO, COULD_NOT_RUN, newCommand, print } from "./command.ts";
 
 const PARENT_CHECK_MS = 500;
 /** The exit code of a shell that cannot run a command. */
@@ -42,12 +42,12 @@ async function main(work: (run: Run) => Promise<number>): Promise<never> {
     process.exit(code);
   } catch (error) {
     say(error instanceof Error ? error.message : String(error));
-    process.exit(interruptedBy ? signalCode(interruptedBy) : 1);
+    process.exit(interruptedBy ? signalCode(interruptedBy) : COULD_NOT_RUN);
   }
 }
 
 async function up(run: Run): Promise<number> {
-  print(await keepServices(run));
+  show(await keepServices(run));
   return 0;
 }
 
@@ -59,14 +59,15 @@ async function down(run: Run): Promise<number> {
 async function env(run: Run): Promise<number> {
   const services = await findRunning(run);
   if (!services) {
-    throw new Error("No MySQL and RabbitMQ of this clone are running; `bun run services up` starts them");
+    run.say("No MySQL and RabbitMQ of this clone are running; `bun run services up` starts them");
+    return ANSWER_IS_NO;
   }
-  print(services);
+  show(services);
   return 0;
 }
 
-function print({ databaseUrl, amqpUrl }: Services): void {
-  console.log(`DATABASE_URL=${databaseUrl}\nAMQP_URL=${amqpUrl}`);
+function show({ databaseUrl, amqpUrl }: Services): void {
+  print(`DATABASE_URL=${databaseUrl}\nAMQP_URL=${amqpUrl}`);
 }
 
 /** Runs a command with the URLs of the services in its environment. @returns its exit code */
@@ -102,6 +103,7 @@ if (import.meta.main) {
   const program = newCommand(
     "services",
     "Finds or starts MySQL and RabbitMQ: DATABASE_URL and AMQP_URL if set, else Docker, else servers installed on this machine.",
+    { no: "if none are running (env)" },
   ).enablePositionalOptions();
   program
     .command("up")

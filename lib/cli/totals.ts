@@ -6,7 +6,7 @@ import { openDatabase } from "../database.ts";
 import { campaignField } from "../reservations/reservation.ts";
 import type { TotalRow } from "../schema.ts";
 import { type Bar, drawBars } from "./bars.ts";
-import { newCommand, parserOf, runCommand } from "./command.ts";
+import { newCommand, parserOf, print, runCommand } from "./command.ts";
 
 interface Options extends Partial<Days> {
   campaign?: string;
@@ -18,13 +18,13 @@ async function main({ from, to, campaign }: Options): Promise<number> {
   const places = { from: "--from", to: "--to" };
   const days = newDays({ from, to }, { timeZone: timeZone || "UTC", places });
   const rows = await findTotals(database, { generation, ...days, campaign });
-  console.log(`${drawTable(rows)}\nPoints granted and added per day\n${drawBars(barsOf(rows, days))}`);
+  print(`${drawTable(rows)}\nPoints granted and added per day\n${drawBars(barsOf(rows, days))}`);
   if (campaign === undefined) {
     const last = (await findBalances(database, rows, { generation, ...days })).at(-1);
-    console.log(`\nAll points of all users at the end of ${days.to}: ${last?.pointNum}`);
+    print(`\nAll points of all users at the end of ${days.to}: ${last?.pointNum}`);
   }
   await database.close();
-  console.log(timeZone ? `Days of ${timeZone}` : "No entries are counted yet; run `bun run aggregate`");
+  print(timeZone ? `Days of ${timeZone}` : "No entries are counted yet; run `bun run aggregate`");
   return 0;
 }
 

@@ -1,4 +1,6 @@
 import { beforeEach, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { existsSync } from "node:fs";
+import { join } from "node:path";
 import { drawBars } from "../../lib/cli/bars.ts";
 import { fill, fillTotals } from "../accounting/filled.ts";
 import { expectExactTotals } from "../accounting/totals_by_sql.ts";
@@ -35,7 +37,7 @@ describe("bun run aggregate", () => {
   test("refuses another zone, until --rebuild counts everything by its days", async () => {
     await fillTotals(db);
     expect(await run("aggregate")).toEqual({
-      code: 1,
+      code: 3,
       stdout: "",
       stderr:
         "Cannot aggregate by days of UTC as the totals are by days of Asia/Tokyo. Set AGGREGATE_TIME_ZONE to the time zone of the totals; or, to change it for all totals, run `bun run aggregate --rebuild` once with the new one\n",
@@ -48,7 +50,9 @@ describe("bun run aggregate", () => {
   });
 
   async function emptyTotals() {
-    for (const table of ["point_daily_totals", "point_daily_users"]) await db.query(`delete from ${table}`);
+    for (const table of ["daily_totals", "daily_users", "user_totals", "reservation_totals"]) {
+      await db.query(`delete from point_${table}`);
+    }
     await db.query("update point_aggregation set time_zone = ''");
     await db.query("update point_transactions set aggregated_in = 0");
   }
@@ -85,7 +89,7 @@ describe("bun run reconcile", () => {
     expect(first.stdout).toMatch(
       /^3 users, 7 reservations, 6 ledger entries and 1 day checked in .* s \(everything; .*\): all agree\n$/,
     );
-    expect((await run("reconcile")).stdout).toContain("(what has changed since the last clean run;");
+    expect((await run("reconcile")).stdout).toContain("(what differs from the counted entries;");
     expect((await run("reconcile", ["--full"])).stdout).toContain("(everything;");
   });
 
@@ -132,5 +136,31 @@ describe("bun run reconcile", () => {
     const repaired = await run("reconcile", ["--repair", "--json"]);
     expect(repaired.code).toBe(0);
     expect(JSON.parse(repaired.stdout)).toMatchObject({ differences: [{ repaired: true }], repaired: 1 });
+  });
+});
+
+describe("a command whose output cannot be written", () => {
+  /** Runs `reconcile` in a shell, with its output where `to` says. */
+  async function reconcileTo(to: string): Promise<{ code: number; stderr: string }> {
+    await fill(db);
+    // The reader has gone before the command writes.
+    const script = `set -o pipefail; (sleep 0.3; exec "$0" lib/cli/reconcile.ts --full) ${to}`;
+    const child = Bun.spawn(["bash", "-c", script, process.execPath], {
+      cwd: join(import.meta.dir, "../.."),
+      env: { ...Bun.env, DATABASE_URL: db.url },
+      stderr: "pipe",
+    });
+    return { code: await child.exited, stderr: await child.stderr.text() };
+  }
+
+  test.skipIf(!existsSync("/dev/full"))("says so, and exits 3: a full disk", async () => {
+    expect(await reconcileTo("> /dev/full")).toEqual({
+      code: 3,
+      stderr: expect.stringMatching(/^Cannot reconcile: the output cannot be written: ENOSPC.*\n$/),
+    });
+  });
+
+  test("says nothing, and exits 3: a reader that has gone", async () => {
+    expect(await reconcileTo("| true")).toEqual({ code: 3, stderr: "" });
   });
 });

@@ -1,10 +1,18 @@
 import { beforeEach, describe, expect, test } from "bun:test";
-import { type Connection, checkDurability, type DatabaseOptions, openDatabase } from "../../lib/database.ts";
+import { hostname } from "node:os";
+import { type Connection, type DatabaseOptions, openDatabase } from "../../lib/database.ts";
 import { type DatabaseErrorKind, databaseErrorOf } from "../../lib/database_errors.ts";
+import {
+  NEEDED_PACKET,
+  openSession,
+  openSessionEnder,
+  refuseSettings,
+  type ServerSettings,
+} from "../../lib/database_session.ts";
 import { pointRoot } from "../../lib/schema.ts";
 import { emptyTables, openTestDatabase, untilRunning } from "../harness/database.ts";
 import { command } from "../harness/fault_points.ts";
-import { errorOf } from "../harness/harness.ts";
+import { errorOf, until } from "../harness/harness.ts";
 import { recordStatements } from "../harness/plans.ts";
 import { type Moment, startProxy } from "../harness/proxy.ts";
 
@@ -84,7 +92,7 @@ describe("openDatabase() tells errors apart, and shows no SQL and no parameter:"
   });
 
   test.each<[string, Partial<URL>, string]>([
-    ["a wrong password", { password: secret }, "MySQL failed with ER_ACCESS_DENIED_ERROR"],
+    ["a wrong password", { password: secret }, "MySQL failed with ER_ACCESS_DENIED_ERROR (1045): "],
     ["an unknown database", { pathname: "/gone" }, "MySQL failed with ER_"],
     ["a MySQL that is not there", { port: "1" }, "MySQL failed with ECONNREFUSED"],
   ])("%s is an outage, not the fault of a row", async (_, parts, message) => {
@@ -247,27 +255,104 @@ describe("openDatabase() sets every session:", () => {
 
   test("strict mode: a user id that is too long fails, and is not cut to somebody else's (fault 27)", async () => {
     const error = await errorOf(db.database.run((connection) => insert(connection, "x".repeat(21), 1)));
-    expect([error.kind, error.message]).toEqual(["other", "MySQL failed with ER_DATA_TOO_LONG"]);
+    expect([error.kind, error.message]).toEqual(["other", "MySQL failed with ER_DATA_TOO_LONG (1406)"]);
     expect(await balances()).toEqual({});
   });
 
-  test("lock waits of 5 s, so that a lock ends as a retry and not as a client's timeout", async () => {
-    const session = await db.query("select @@session.innodb_lock_wait_timeout seconds");
-    expect(session).toEqual([{ seconds: 5 }]);
+  test("short lock waits, so that a lock ends as a retry and not as a client's timeout", async () => {
+    const waits = "select @@session.innodb_lock_wait_timeout row_lock, @@session.lock_wait_timeout metadata";
+    expect(await db.query(waits)).toEqual([{ row_lock: 1, metadata: 5 }]);
+  });
+
+  test("with the name of the program, its host and process", async () => {
+    await using database = openPool({ program: "pointservice-test" });
+    const attributes = await database.run(({ select }) =>
+      select<{ name: string; value: string }>(
+        `select attr_name name, attr_value value from performance_schema.session_connect_attrs
+         where processlist_id = connection_id() and attr_name in ('program_name', 'pid', 'host')`,
+      ),
+    );
+    const isOn = await db.query("select 1 from performance_schema.threads limit 1");
+    expect(attributes.toSorted((a, b) => (a.name < b.name ? -1 : 1))).toEqual(
+      isOn.length === 0
+        ? []
+        : [
+            { name: "host", value: hostname() },
+            { name: "pid", value: String(process.pid) },
+            { name: "program_name", value: "pointservice-test" },
+          ],
+    );
+  });
+
+  test("openSession() gives a connection of one's own the same settings", async () => {
+    const session = await openSession(db.url, { connectMs: 5_000 });
+    const [rows] = await session.query("select @@session.time_zone zone, @@session.wait_timeout s");
+    expect(rows as unknown).toEqual([{ zone: "+00:00", s: 15 }]);
+    session.destroy();
+    const refused = openSession(urlWith({ port: "1" }), { connectMs: 5_000 });
+    expect((await errorOf(refused)).kind).toBe("unavailable");
   });
 });
 
 describe("openDatabase() waits no longer than told:", () => {
-  test("work beyond workMs, its own or that of all, is unavailable, and its connection is not used again", async () => {
+  test("work beyond workMs, its own or that of all, is a timeout, and its connection is not used again", async () => {
     await using database = openPool({ connections: 1, workMs: 200 });
     for (const [workMs, ms] of [
       [undefined, 200],
       [100, 100],
     ] as const) {
       const error = await errorOf(database.run(({ select }) => select("select sleep(20)"), { workMs }));
-      expect([error.kind, error.message]).toEqual(["unavailable", `MySQL did not answer within ${ms} ms`]);
+      expect([error.kind, error.message]).toEqual(["timeout", `MySQL did not answer within ${ms} ms`]);
     }
     expect(await database.run(one, { workMs: 20_000 })).toEqual([{ one: 1 }]);
+  });
+
+  test("the sessions of work beyond workMs are ended on the server, with their locks, even if no connection is free", async () => {
+    await db.query("insert into point_root (user_id, point_num) values ('a', 0), ('b', 0)");
+    await using database = openPool({ connections: 2, workMs: 300 });
+    const works = ["a", "b"].map((userId) =>
+      errorOf(
+        database.transaction(async ({ execute, select }) => {
+          await execute(ADD, [userId]);
+          // Unlike SLEEP(), this does not notice that the client has gone.
+          await select("/* endless */ select benchmark(1000000000000, sha2('1', 256))");
+        }),
+      ),
+    );
+    expect((await Promise.all(works)).map(({ kind }) => kind)).toEqual(["timeout", "timeout"]);
+    await until("both have ended", async () => {
+      const left = await db.query(
+        "select 1 from information_schema.processlist where info like '/* endless%'",
+      );
+      return left.length === 0;
+    });
+    await until("their locks are free", () =>
+      db
+        .query(ADD, ["a"])
+        .then(() => db.query(ADD, ["b"]))
+        .catch(() => false),
+    );
+    expect(await balances()).toEqual({ a: 1, b: 1 });
+  });
+
+  test("a session with the same id, but of another client, is not ended", async () => {
+    await using another = openPool({ connections: 1 });
+    const read = ({ select }: Connection) => select<{ id: number }>("select connection_id() id");
+    const [before] = await another.run(read);
+    const ender = openSessionEnder(db.url, {});
+    ender.end({ id: before?.id ?? 0, host: "127.0.0.1:1" });
+    await ender.settled();
+    expect(await another.run(read)).toEqual([{ id: before?.id ?? 0 }]);
+  });
+
+  test("ending sessions never throws, and takes no longer than 2 s, whatever the server does", async () => {
+    await using proxy = await startProxy(db.url);
+    proxy.hold();
+    for (const url of [proxy.url, urlWith({ port: "1" })]) {
+      const ender = openSessionEnder(url, {});
+      ender.end({ id: 1, host: "127.0.0.1:1" });
+      await ender.settled();
+    }
   });
 
   test("a pool without a free connection is unavailable after acquireMs, and serves again after it", async () => {
@@ -297,36 +382,48 @@ describe("openDatabase() waits no longer than told:", () => {
   });
 });
 
-describe("checkDurability()", () => {
-  type Settings = Record<"flush" | "log_bin" | "sync", number>;
+describe("openDatabase() refuses a server by its settings:", () => {
+  const SOUND: ServerSettings = {
+    flush: 1,
+    log_bin: 1,
+    sync: 1,
+    format: "ROW",
+    next_format: "MIXED",
+    read_only: 0,
+    packet: NEEDED_PACKET,
+  };
 
-  test("reads the settings of a real server", async () => {
-    const [settings] = await db.query<Settings>(
-      "select @@global.innodb_flush_log_at_trx_commit flush, @@global.log_bin log_bin, @@global.sync_binlog sync",
-    );
-    const isSafe = settings?.flush === 1 && (settings.log_bin === 0 || settings.sync === 1);
-    const error = await checkDurability(db.database).catch((thrown) => thrown);
-    expect(error === undefined).toBe(isSafe);
-  });
-
+  const LOSSY = "Cannot promise points on a MySQL that may lose commits";
+  const LOSSY_ADVICE = "Change that in MySQL, or set ALLOW_LOSSY_DATABASE=true to run anyway";
   const FLUSH = "innodb_flush_log_at_trx_commit must be 1: it is";
   const SYNC = "sync_binlog must be 1: it is";
-  test.each<[Settings, string | undefined]>([
-    [{ flush: 1, log_bin: 1, sync: 1 }, undefined],
-    [{ flush: 1, log_bin: 0, sync: 0 }, undefined],
-    [{ flush: 2, log_bin: 0, sync: 0 }, `${FLUSH} 2`],
-    [{ flush: 0, log_bin: 1, sync: 1 }, `${FLUSH} 0`],
-    [{ flush: 1, log_bin: 1, sync: 0 }, `${SYNC} 0`],
-    [{ flush: 2, log_bin: 1, sync: 1000 }, `${FLUSH} 2; ${SYNC} 1000`],
-  ])("says of %j: %p, and not as an outage to wait for", async (settings, rule) => {
-    // A stub, for once: these settings are the server's own, and to change them would put other runs on it at risk.
-    const connection = { select: async () => [settings] } as unknown as Connection;
-    const check = checkDurability({ ...db.database, run: (work) => work(connection) });
-    if (rule === undefined) return expect(await check).toBeUndefined();
-    const error = await errorOf(check);
-    expect(error.isOutage).toBe(false);
-    expect(error.message).toBe(
-      `Cannot promise points on a MySQL that may lose commits: ${rule}. Change that in MySQL, or set ALLOW_LOSSY_DATABASE=true to run anyway`,
-    );
+  const STATEMENT = "binlog_format must be ROW or MIXED: it is STATEMENT";
+  test.each<[Partial<ServerSettings>, string]>([
+    [{ flush: 2, log_bin: 0, sync: 0 }, `${LOSSY}: ${FLUSH} 2. ${LOSSY_ADVICE}`],
+    [{ sync: 0 }, `${LOSSY}: ${SYNC} 0. ${LOSSY_ADVICE}`],
+    [{ flush: 0, sync: 1000 }, `${LOSSY}: ${FLUSH} 0; ${SYNC} 1000. ${LOSSY_ADVICE}`],
+    [{ format: "STATEMENT" }, `Cannot work with this MySQL: ${STATEMENT}. Change that in MySQL`],
+    [{ next_format: "STATEMENT" }, `Cannot work with this MySQL: ${STATEMENT}. Change that in MySQL`],
+    [
+      { packet: 1_048_576 },
+      "Cannot work with this MySQL: max_allowed_packet must be at least 4194304: it is 1048576. Change that in MySQL",
+    ],
+  ])("%j is unsafe", async (broken, message) => {
+    const refuse = async (allowLossy: boolean) => refuseSettings({ ...SOUND, ...broken }, { allowLossy });
+    const error = await errorOf(refuse(false));
+    expect([error.kind, error.isOutage, error.message]).toEqual(["unsafe", true, message]);
+    if (message.startsWith(LOSSY)) expect(await refuse(true)).toBeUndefined();
+    else expect(await errorOf(refuse(true))).toEqual(error);
+  });
+
+  test.each([1, "ON"])("read_only = %p is an outage to wait for", async (read_only) => {
+    const error = await errorOf((async () => refuseSettings({ ...SOUND, read_only }, {}))());
+    expect([error.kind, error.reason]).toEqual(["unavailable", "MySQL is read-only"]);
+  });
+
+  test("what is sound, or has no binary log, is accepted", () => {
+    for (const settings of [{}, { log_bin: 0, sync: 0, format: "STATEMENT" }, { read_only: "OFF" }]) {
+      refuseSettings({ ...SOUND, ...settings }, { allowLossy: false });
+    }
   });
 });
