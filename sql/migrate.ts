@@ -1,11 +1,12 @@
 import { createHash } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
-import { type Connection, createConnection, type RowDataPacket } from "mysql2/promise";
-import type { Settings } from "../lib/config.ts";
-import { checkDurability, type Database } from "../lib/database.ts";
+import type { RowDataPacket } from "mysql2/promise";
+import type { Database } from "../lib/database.ts";
 import { DatabaseError, databaseErrorOf } from "../lib/database_errors.ts";
+import { openSession } from "../lib/database_session.ts";
 import { DomainError } from "../lib/errors.ts";
+import { type LockWaiter, runWhenFree, TRY_SECONDS, waitForLock } from "./lock_wait.ts";
 
 /**
  * A file of SQL. A statement ends with `;` at the end of a line; a line that begins with `--` is a comment. After a crash between
@@ -25,7 +26,8 @@ interface Applied {
 }
 
 const CONNECT_MS = 10_000;
-const LOCK_SECONDS = 60;
+/** How long a migration waits for a lock that another connection holds. */
+export const WAIT_MS = 600_000;
 
 /** Errors of a statement that an interrupted run has already done, by their numbers in MySQL and MariaDB. */
 const DONE_BEFORE = new Set([
@@ -76,7 +78,7 @@ function pendingOf(migrations: readonly Migration[], applied: readonly Applied[]
     // A file that failed in the middle may be fixed; one that has run must not change.
     if (before?.finished && before.checksum !== checksum) {
       throw schemaError(
-        `Cannot go on as ${name} was changed after it had run: restore it, and put the change in a new file`,
+        `Cannot use ${name} as it has run on this database, and its statements were changed since: restore the file, and put the change in a new file`,
       );
     }
     return !before?.finished;
@@ -121,22 +123,10 @@ export async function checkSchema(database: Database, folder: string = import.me
   }
 }
 
-/**
- * Checks before a process starts that the schema fits the code, and that MySQL keeps what it commits.
- *
- * @throws {DomainError} SCHEMA
- * @throws {DatabaseError}
- */
-export async function checkDatabase(
-  database: Database,
-  { ALLOW_LOSSY_DATABASE }: Pick<Settings, "ALLOW_LOSSY_DATABASE">,
-): Promise<void> {
-  await checkSchema(database);
-  if (!ALLOW_LOSSY_DATABASE) await checkDurability(database);
-}
-
 export interface MigrateOptions {
   folder?: string;
+  /** How long to wait for each lock that another connection holds, in milliseconds. */
+  waitMs?: number;
   /** Called with each line of output. */
   say?: (line: string) => void;
 }
@@ -146,85 +136,100 @@ export interface MigrateOptions {
  * others find nothing to do.
  *
  * @throws {DatabaseError} if MySQL is unavailable
- * @throws {DomainError} SCHEMA, if MySQL refuses a statement, a file that has run was changed, or the database has other tables
- *   with the same names
+ * @throws {DomainError} SCHEMA, if MySQL refuses a statement, a lock is not free within `waitMs`, a file that has run was changed,
+ *   or the database has other tables with the same names
  */
 export async function migrate(
   url: string,
-  { folder = import.meta.dir, say = () => {} }: MigrateOptions = {},
+  { folder = import.meta.dir, waitMs = WAIT_MS, say = () => {} }: MigrateOptions = {},
 ): Promise<void> {
   const migrations = await readMigrations(folder);
-  let connection: Connection | undefined;
+  const connection = await openSession(url, { program: "pointservice-migrate", connectMs: CONNECT_MS });
+  async function query<Row extends object>(sql: string, values?: unknown[]): Promise<Row[]> {
+    return (await connection.query<(Row & RowDataPacket)[]>(sql, values))[0];
+  }
   try {
-    connection = await createConnection({
-      uri: url.replace(/^mariadb:/, "mysql:"),
-      connectTimeout: CONNECT_MS,
-      timezone: "Z",
-    });
-    // DDL commits by itself in MySQL: only a lock prevents two processes from running the same file.
-    const [[lock]] = await connection.query<RowDataPacket[]>({
-      sql: "/* lock_migrations */ select get_lock(concat('migrate.', left(sha2(database(), 256), 40)), ?) held",
-      values: [LOCK_SECONDS],
-      timeout: 2 * LOCK_SECONDS * 1_000,
-    });
-    if (lock?.held !== 1) {
-      throw schemaError(`Cannot migrate as another process has held the lock for ${LOCK_SECONDS} s`);
-    }
-    await runPending(connection, migrations, say);
+    await query(`/* set_lock_wait */ set lock_wait_timeout = ${TRY_SECONDS}`);
+    await lockMigrations({ query, waitMs, say });
+    await runPending({ query, waitMs, say }, migrations);
   } catch (error) {
     throw databaseErrorOf(error);
   } finally {
     // The lock ends with its connection.
-    connection?.destroy();
+    connection.destroy();
   }
 }
 
-async function runPending(
-  connection: Connection,
-  migrations: readonly Migration[],
-  say: (line: string) => void,
-): Promise<void> {
-  await connection.query(
+/** DDL commits by itself in MySQL: only a lock prevents two processes from running the same file. */
+async function lockMigrations(waiter: LockWaiter): Promise<void> {
+  const name = "concat('migrate.', left(sha2(database(), 256), 40))";
+  async function attempt(): Promise<boolean> {
+    const [lock] = await waiter.query<{ held: number }>(
+      `/* lock_migrations */ select get_lock(${name}, ${TRY_SECONDS}) held`,
+    );
+    return lock?.held === 1;
+  }
+  await waitForLock(waiter, attempt, {
+    what: "another migration of this database runs",
+    advice: "This run has changed nothing",
+    async look() {
+      const [lock] = await waiter.query<{ id: number | null }>(
+        `/* find_other_migration */ select is_used_lock(${name}) id`,
+      );
+      const holders = lock?.id ? [`Held by connection ${lock.id}`] : [];
+      return { holders, hint: "To see what it does: show full processlist" };
+    },
+  });
+}
+
+async function runPending(waiter: LockWaiter, migrations: readonly Migration[]): Promise<void> {
+  const { query, say } = waiter;
+  await runWhenFree(
+    waiter,
     `/* create_schema_migrations */ create table if not exists schema_migrations (
        name varchar(200) character set ascii collate ascii_bin not null primary key,
        checksum char(64) character set ascii collate ascii_bin not null,
        started_at datetime(3) not null default (utc_timestamp(3)),
        finished_at datetime(3) null
      ) engine = InnoDB`,
+    { file: "before the first file" },
   );
-  const [applied] = await connection.query<(Applied & RowDataPacket)[]>(SELECT_APPLIED);
+  const applied = await query<Applied>(SELECT_APPLIED);
   const pending = pendingOf(migrations, applied);
   for (const migration of pending) {
     const { name, checksum } = migration;
     const isInterrupted = applied.some((row) => row.name === name);
-    if (!isInterrupted) await refuseStrangers(connection, migration);
+    if (!isInterrupted) await refuseStrangers(waiter, migration);
     say(`Running ${name}${isInterrupted ? " again, as it was interrupted" : ""}`);
-    await connection.query(
+    await runWhenFree(
+      waiter,
       `/* start_migration */ insert into schema_migrations (name, checksum) values (?, ?)
        on duplicate key update checksum = values(checksum)`,
-      [name, checksum],
+      { file: name, values: [name, checksum] },
     );
-    await runFile(connection, migration, { isInterrupted });
-    await connection.query(
+    await runFile(waiter, migration, { isInterrupted });
+    await runWhenFree(
+      waiter,
       "/* finish_migration */ update schema_migrations set finished_at = utc_timestamp(3) where name = ?",
-      [name],
+      { file: name, values: [name] },
     );
   }
   say(pending.length > 0 ? "The schema is up to date" : "The schema was up to date already");
 }
 
 async function runFile(
-  connection: Connection,
+  waiter: LockWaiter,
   { name, statements }: Migration,
   { isInterrupted }: { isInterrupted: boolean },
 ): Promise<void> {
   for (const sql of statements) {
     try {
-      await connection.query(sql);
+      await runWhenFree(waiter, sql, { file: name });
     } catch (error) {
       if (isInterrupted && DONE_BEFORE.has((error as { errno: number }).errno)) continue;
       const known = databaseErrorOf(error);
-      if (!(known instanceof DatabaseError) || known.isOutage) throw known;
+      if (!(known instanceof DatabaseError)) throw known;
+      if (known.isOutage) throw new DatabaseError(known.kind, `${name}: ${known.message}`, known.reason);
       // The statement contains no data of users, and the author of the file needs MySQL's message.
       throw schemaError(`Cannot run ${name}: ${(error as Error).message}. Fix the file and run it again`);
     }
@@ -232,10 +237,10 @@ async function runFile(
 }
 
 /** An interrupted file skips existing tables, so on its first run tables of another program must not exist. */
-async function refuseStrangers(connection: Connection, { name, statements }: Migration): Promise<void> {
+async function refuseStrangers({ query }: LockWaiter, { name, statements }: Migration): Promise<void> {
   const tables = statements.flatMap((sql) => /^create table (?:if not exists )?(\w+)/i.exec(sql)?.[1] ?? []);
   if (tables.length === 0) return;
-  const [found] = await connection.query<RowDataPacket[]>(
+  const found = await query<{ name: string }>(
     `/* find_strangers */ select table_name as name from information_schema.tables
      where table_schema = database() and table_name in (?)`,
     [tables],

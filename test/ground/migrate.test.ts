@@ -1,11 +1,13 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cp, readdir, readFile, rename, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { createConnection } from "mysql2/promise";
 import type { DatabaseError } from "../../lib/database_errors.ts";
 import { DomainError } from "../../lib/errors.ts";
 import { checkSchema, migrate } from "../../sql/migrate.ts";
 import { runCommand } from "../harness/command.ts";
-import { createTestDatabase, type TestDatabase } from "../harness/database.ts";
+import { createTestDatabase, type TestDatabase, untilRunning } from "../harness/database.ts";
+import { until } from "../harness/harness.ts";
 import { startProxy } from "../harness/proxy.ts";
 import { temporaryFolder } from "../harness/temporary_folder.ts";
 
@@ -25,10 +27,10 @@ async function openEmpty() {
     /** The lines that the last run has printed. */
     said,
     /** Writes files into the folder, and runs what is there. */
-    async migrate(files: Record<string, string>, url = db.url) {
+    async migrate(files: Record<string, string>, { url = db.url, waitMs = 600_000 } = {}) {
       for (const [name, sql] of Object.entries(files)) await writeFile(join(folder.path, name), sql);
       said.length = 0;
-      await migrate(url, { folder: folder.path, say: (line) => said.push(line) });
+      await migrate(url, { folder: folder.path, waitMs, say: (line) => said.push(line) });
     },
     async [Symbol.asyncDispose]() {
       await drop();
@@ -83,7 +85,9 @@ describe("migrate()", () => {
     expect(runs.map(({ code, stderr }) => ({ code, stderr }))).toEqual(
       Array(10).fill({ code: 0, stderr: "" }),
     );
-    const said = runs.flatMap(({ stdout }) => stdout.trim().split("\n"));
+    const lines = runs.flatMap(({ stdout }) => stdout.trim().split("\n"));
+    // On a busy machine, some wait for longer than a second.
+    const said = lines.filter((line) => !/^(Waiting for a lock|To see) /.test(line));
     expect(said.toSorted()).toEqual([
       ...OURS.map((name) => `Running ${name}`),
       "The schema is up to date",
@@ -176,7 +180,7 @@ describe("migrate()", () => {
     await empty.migrate({ "0001_a.sql": "create table a (id int);" });
     const changed = { "0001_a.sql": "create table a (id bigint);", "0002_b.sql": "create table b (id int);" };
     const message =
-      "Cannot go on as 0001_a.sql was changed after it had run: restore it, and put the change in a new file";
+      "Cannot use 0001_a.sql as it has run on this database, and its statements were changed since: restore the file, and put the change in a new file";
     expect(await refusalOf(empty.migrate(changed))).toBe(message);
     expect(await refusalOf(checkSchema(empty.db.database, empty.folder))).toBe(message);
     expect(await tablesOf(empty.db)).toEqual(["a", "schema_migrations"]);
@@ -224,7 +228,7 @@ describe("migrate()", () => {
     await empty.db.query("create table point_root (theirs int)");
     const { code, stderr } = await runCommand("migrate", { env: { DATABASE_URL: empty.db.url } });
     expect([code, stderr]).toEqual([
-      1,
+      3,
       "Cannot run 0001_points.sql as the database holds tables that it would create: point_root. Use an empty database, or rename them\n",
     ]);
     expect(await tablesOf(empty.db)).toEqual(["point_root", "schema_migrations"]);
@@ -247,6 +251,102 @@ describe("migrate()", () => {
     );
     expect(await refusalOf(empty.migrate({}))).toBe(line);
     expect(await tablesOf(empty.db)).toEqual(["point_root", "schema_migrations"]);
+  });
+});
+
+describe("migrate() beside connections that hold a lock", () => {
+  const ALTER = "/* alter_a */ alter table a add column note int";
+
+  /** A database with the table `a`, and a connection that holds a lock, as a backup does. */
+  async function openHeld(hold = "select * from a") {
+    const empty = await openEmpty();
+    await empty.migrate({ "0001_a.sql": "create table a (id int primary key, v int);" });
+    await empty.db.query("insert into a values (1, 1)");
+    const holder = await createConnection({ uri: empty.db.url });
+    await holder.query("set session transaction isolation level repeatable read");
+    await holder.query("start transaction with consistent snapshot");
+    await holder.query(hold);
+    return {
+      ...empty,
+      id: holder.threadId,
+      release: () => holder.query("rollback"),
+      async [Symbol.asyncDispose]() {
+        holder.destroy();
+        await empty[Symbol.asyncDispose]();
+      },
+    };
+  }
+
+  test("lets traffic pass between its tries, says who holds the lock, and runs once it is free (fault 41)", async () => {
+    await using held = await openHeld();
+    const run = held.migrate({ "0002_b.sql": `${ALTER};` });
+    const waiting = await until("it says that it waits", () =>
+      held.said.find((line) => line.startsWith("Waiting for a lock (0 s of 600 s): ")),
+    );
+    expect(waiting).toContain(`: 0002_b.sql: ${ALTER}. `);
+    expect(waiting).toContain(` connection ${held.id} (pointservice@`);
+    expect(held.said).toContainEqual(expect.stringMatching(/^To see .*: select \* from \w+_schema\./));
+    // It queues behind the ALTER TABLE, and passes when that gives way: in time for one that waits less than 3 s.
+    await untilRunning(held.db, "alter_a");
+    await held.db.database.run(async ({ execute }) => {
+      await execute("set lock_wait_timeout = 3");
+      await execute("update a set v = 2");
+    });
+    expect(await held.db.query("select * from a")).toEqual([{ id: 1, v: 2 }]);
+    await held.release();
+    await run;
+    expect(await held.db.query("select * from a")).toEqual([{ id: 1, v: 2, note: null }]);
+    expect(held.said.at(-1)).toBe("The schema is up to date");
+  });
+
+  test("gives up after waitMs, says what state is left, and the next run finishes", async () => {
+    await using held = await openHeld();
+    const two = { "0002_b.sql": `create table b (id int);\n${ALTER};` };
+    const refusal = await refusalOf(held.migrate(two, { waitMs: 1_000 }));
+    expect(refusal).toStartWith(`Cannot migrate as a lock was not free within 1 s: 0002_b.sql: ${ALTER}. `);
+    expect(refusal).toContain(` connection ${held.id} (pointservice@`);
+    expect(refusal).toEndWith(
+      ". The statements before it are done: the next run of `bun run migrate` skips them",
+    );
+    expect(await tablesOf(held.db)).toEqual(["a", "b", "schema_migrations"]);
+    await held.release();
+    await held.migrate({});
+    expect(held.said).toEqual([
+      "Running 0002_b.sql again, as it was interrupted",
+      "The schema is up to date",
+    ]);
+    expect(await held.db.query("select * from a")).toEqual([{ id: 1, v: 1, note: null }]);
+  });
+
+  test("waits for a row that somebody has locked", async () => {
+    await using held = await openHeld("select * from a for update");
+    const run = held.migrate({ "0002_b.sql": "update a set v = v + 1;" });
+    await until("it says that it waits", () => held.said.find((line) => line.includes(": update a set v")));
+    await held.release();
+    await run;
+    expect(await held.db.query("select * from a")).toEqual([{ id: 1, v: 2 }]);
+  });
+
+  test("`bun run migrate --wait 1` waits a second for another migration, names its connection, and exits 3", async () => {
+    await using held = await openHeld();
+    const run = held.migrate({ "0002_b.sql": `${ALTER};` });
+    await untilRunning(held.db, "alter_a");
+    const env = { DATABASE_URL: held.db.url };
+    const { code, stdout, stderr } = await runCommand("migrate", { args: ["--wait", "1"], env });
+    expect(code).toBe(3);
+    const what = "another migration of this database runs. Held by connection \\d+";
+    expect(stdout).toMatch(
+      new RegExp(
+        `^Waiting for a lock \\(0 s of 1 s\\): ${what}\nTo see what it does: show full processlist\n$`,
+      ),
+    );
+    expect(stderr).toMatch(
+      new RegExp(
+        `^Cannot migrate as a lock was not free within 1 s: ${what}\\. .*\\. This run has changed nothing\n$`,
+      ),
+    );
+    await held.release();
+    await run;
   });
 });
 
@@ -281,7 +381,7 @@ describe("bun run migrate", () => {
     ["postgres://u:s3cret@h/d", `${RULE}: received postgres://…@h/d`],
   ])("with DATABASE_URL=%p says in one line what is wrong, without the password", async (url, line) => {
     const ended = await runCommand("migrate", { env: { DATABASE_URL: url } });
-    expect(ended).toEqual({ code: 1, stdout: "", stderr: `${line}\n` });
+    expect(ended).toEqual({ code: 3, stdout: "", stderr: `${line}\n` });
   });
 
   test("--check changes nothing, says which command helps, and exits 0 only on an up-to-date schema", async () => {
