@@ -1,13 +1,12 @@
-import type { Socket } from "node:net";
-import { type ChannelModel, type ConfirmChannel, type ConsumeMessage, connect } from "amqplib";
+import type { ChannelModel, ConfirmChannel, ConsumeMessage } from "amqplib";
+import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
-import { ExpectedError } from "./errors.ts";
-import { backoffMs, sleep, withDeadline } from "./loop.ts";
+import { CALL_MS, closeConnection, noAnswer, openChannel, openConnection, QueueError } from "./amqp.ts";
+import { type Hints, logHints, openHints } from "./hints.ts";
+import { aborted, backoffMs, runLoop, sleep, withDeadline } from "./loop.ts";
+import { deadLettersOf, declareDeadLetters, declareQueues, openLook } from "./queue_declaration.ts";
 
-/** RabbitMQ is unavailable, blocked or too slow. A message that was just published may have arrived or not. */
-export class QueueError extends ExpectedError {
-  override readonly name = "QueueError";
-}
+export { QueueError };
 
 /** What to do with a handled message: acknowledge it, or move it to the dead-letter queue. */
 export type Outcome = "ack" | "dead";
@@ -39,6 +38,13 @@ export interface Queue {
    * @throws {QueueError} if RabbitMQ is unavailable or accepts no messages
    */
   depth(): Promise<number>;
+  /**
+   * Checks that messages can be published and, if there is a consumer, delivered. Asks the broker whether the queue exists;
+   * waits at most 2 s, and does not end a connection that is merely slow.
+   *
+   * @throws {QueueError} with the reason
+   */
+  check(): Promise<void>;
   /** Consumes, across any number of reconnects, until `stop()`. */
   consume(options: ConsumeOptions): void;
   /** Stops consuming, and waits at most `withinMs` until the delivered messages are handled. */
@@ -51,29 +57,31 @@ export interface Queue {
 export interface QueueOptions {
   /** The name of the queue; its dead letters go to the queue `<name>.dead`. */
   name: string;
+  /** The name of the program: RabbitMQ shows its connection as `<program> <host> <pid>`. */
+  program?: string;
+  /** Only `hint()` is used: the queues are neither declared nor watched, and need no rights. */
+  onlyHints?: boolean;
   /** The longest wait for the broker's confirms, in milliseconds. */
   publishTimeoutMs?: number;
   onConnected: () => void;
   onDisconnected: (reason: string, retryInMs: number) => void;
   /** Receives the hints of all processes that use the queue of this name. */
   onHint?: (content: Buffer) => void;
+  /** Gets a line whenever something is missing that the work can go on without, and when it is there again. */
+  logger?: Pick<Logger, "info" | "warn">;
 }
 
-const CONNECT_MS = 10_000;
-const CALL_MS = 5_000;
 const PUBLISH_TIMEOUT_MS = 5_000;
 const CLOSE_MS = 2_000;
+const CHECK_MS = 2_000;
+/** How often a process looks for missing queues, in milliseconds. */
+const WATCH_MS = 2_000;
+const WATCH_RETRY = { baseMs: 2_000, maxMs: 30_000 };
+/** The longest wait for hints before a new connection is used, in milliseconds: the first hints then arrive, too. */
+const HINTS_MS = 2_000;
 const BACKOFF = { baseMs: 250, maxMs: 5_000 };
 /** A connection that lasts this long is successful: the next backoff starts with the shortest wait. */
 const GOOD_MS = 10_000;
-/** Far more than back-pressure allows: a faulty publisher is refused before it fills the broker's disk. */
-const MAX_MESSAGES = 1_000_000;
-const MAX_DEAD_MESSAGES = 100_000;
-/** The maximum number of hints that wait for one listener. The oldest are dropped: after one hint a listener checks all rows. */
-const MAX_HINTS = 100;
-const HINT_TTL_MS = 10_000;
-/** A message that is redelivered more often probably kills its workers: RabbitMQ moves it to the dead-letter queue. */
-const MAX_DELIVERIES = 20;
 
 interface Session {
   connection: ChannelModel;
@@ -81,20 +89,26 @@ interface Session {
   returned: Set<string>;
   blocked: boolean;
   consumerTag?: string;
+  /** Finds out which of the queues are missing. */
+  findMissing: () => Promise<string[]>;
+  hints?: Hints;
   /** Ends the session; the supervisor opens the next one. */
   end: (reason: string) => void;
   ended: Promise<string>;
+  /** Aborted at the end. */
+  signal: AbortSignal;
 }
 
 /**
  * Connects to RabbitMQ and declares the queues; reconnects with backoff after any loss, until `close()`. Returns at once.
  */
-export function openQueue(
-  url: string,
-  { name, publishTimeoutMs = PUBLISH_TIMEOUT_MS, onConnected, onDisconnected, onHint }: QueueOptions,
-): Queue {
+export function openQueue(url: string, options: QueueOptions): Queue {
+  const { name, publishTimeoutMs = PUBLISH_TIMEOUT_MS, onlyHints = false, onHint, logger } = options;
   const closing = new AbortController();
+  const onHints = logHints(logger);
   let session: Session | undefined;
+  /** Why there is no session. */
+  let absence = "connecting";
   let consumer: ConsumeOptions | undefined;
   let inHand = 0;
   let stopped = false;
@@ -106,36 +120,66 @@ export function openQueue(
       try {
         if (!stopped) await consumer?.before();
         if (closing.signal.aborted) return;
-        const opened = await openSession(url, name);
-        session = opened;
-        reason = await Promise.race([live(opened), opened.ended, closed]);
+        session = await openSession(url, options);
+        reason = await Promise.race([live(session), session.ended, closed]);
       } catch (error) {
-        reason = error instanceof Error ? error.message : String(error);
+        reason = reasonOf(error);
         if (/ACCESS[_-]REFUSED|NOT_ALLOWED/.test(reason)) reason += ". Is AMQP_URL right?";
       }
-      const connection = session?.connection;
+      const over = session;
       session = undefined;
-      if (connection) await closeQuietly(connection);
+      absence = reason;
+      over?.end(reason);
+      if (over) await closeConnection(over.connection, over.channel);
       if (closing.signal.aborted) return;
       if (Date.now() - startedAt > GOOD_MS) attempt = 1;
       const retryInMs = backoffMs(attempt, BACKOFF);
-      onDisconnected(reason, retryInMs);
+      options.onDisconnected(reason, retryInMs);
       await sleep(retryInMs, closing.signal);
     }
   }
 
   async function live(current: Session): Promise<string> {
-    if (onHint) await listenForHints(current.channel, name, onHint);
     if (consumer && !stopped) await subscribe(current, consumer);
-    onConnected();
+    const { connection, signal } = current;
+    if (onHint || onlyHints) {
+      current.hints = openHints({ connection, exchange: `${name}.hints`, onHint, onState: onHints, signal });
+      await Promise.race([current.hints.tried, sleep(HINTS_MS, signal)]);
+    }
+    if (!onlyHints) watch(current);
+    if (!signal.aborted) options.onConnected();
     return current.ended;
+  }
+
+  /** Without the queue, a new session is needed; without the dead-letter queue, messages go on meanwhile. */
+  function watch(current: Session) {
+    const { connection, findMissing, signal } = current;
+    async function look() {
+      for (const missing of await findMissing()) {
+        if (missing === name) {
+          current.end(`the queue ${name} is missing`);
+        } else {
+          logger?.warn({ queue: missing }, "the dead-letter queue is missing");
+          await declareDeadLetters(connection, name);
+          logger?.info({ queue: missing }, "declared the dead-letter queue again");
+        }
+      }
+      return WATCH_MS;
+    }
+    function onFailure(error: unknown, retryInMs: number) {
+      // A broker that is blocked by an alarm does not answer.
+      if (signal.aborted || current.blocked) return;
+      logger?.warn({ reason: reasonOf(error), retryInMs }, "cannot watch the queues");
+    }
+    runLoop(look, { signal, onFailure, ...WATCH_RETRY });
   }
 
   async function subscribe(current: Session, { prefetch, handle }: ConsumeOptions) {
     const { channel } = current;
     await channel.prefetch(prefetch);
     const { consumerTag } = await channel.consume(name, (message) => {
-      if (message === null) return current.end("RabbitMQ cancelled the consumer");
+      if (message === null)
+        return current.end(`RabbitMQ cancelled the consumer: the queue ${name} is missing`);
       receive(current, message, handle);
     });
     current.consumerTag = consumerTag;
@@ -151,14 +195,14 @@ export function openQueue(
       if (outcome === "ack") current.channel.ack(message);
       else current.channel.reject(message, false);
     } catch (error) {
-      current.end(error instanceof Error ? error.message : String(error));
+      current.end(reasonOf(error));
     } finally {
       inHand--;
     }
   }
 
   function connected(): Session {
-    if (!session) throw new QueueError("RabbitMQ is not connected");
+    if (!session) throw new QueueError(`RabbitMQ is not connected: ${absence}`);
     if (session.blocked) throw new QueueError("RabbitMQ accepts no messages: memory or disk alarm");
     return session;
   }
@@ -182,32 +226,35 @@ export function openQueue(
         await withDeadline(Promise.all(confirms), publishTimeoutMs, late);
       } catch (error) {
         // RabbitMQ reports an alarm only after a publish: a new session would not know it, and would publish again.
-        if (!current.blocked) current.end((error as Error).message);
+        if (!current.blocked) current.end(reasonOf(error));
       }
-      // The queue is missing: a new session declares it again.
-      if (current.returned.size > 0) current.end("RabbitMQ returned messages: the queue is missing");
+      // A new session declares the queue again.
+      if (current.returned.size > 0) current.end(`RabbitMQ returned messages: the queue ${name} is missing`);
       return confirmed;
     },
     hint(content) {
-      if (!session || session.blocked) return;
-      try {
-        session.channel.publish(hintsOf(name), "", content, { persistent: false });
-      } catch {
-        // The channel has closed.
-      }
+      if (session && !session.blocked) session.hints?.send(content);
     },
     async depth() {
       const current = connected();
-      const late = () => new QueueError(`RabbitMQ did not answer within ${CALL_MS} ms`);
       try {
-        return (await withDeadline(current.channel.checkQueue(name), CALL_MS, late)).messageCount;
+        const answer = withDeadline(current.channel.checkQueue(name), CALL_MS, () => noAnswer(CALL_MS));
+        return (await answer).messageCount;
       } catch (error) {
-        current.end((error as Error).message);
-        throw new QueueError((error as Error).message);
+        current.end(reasonOf(error));
+        throw new QueueError(reasonOf(error));
       }
     },
-    consume(options) {
-      consumer = options;
+    async check() {
+      const { findMissing, consumerTag } = connected();
+      if (consumer && !consumerTag) throw new QueueError("RabbitMQ has not accepted the consumer yet");
+      const missing = await withDeadline(findMissing(), CHECK_MS, () => noAnswer(CHECK_MS)).catch((error) =>
+        failWith(reasonOf(error)),
+      );
+      if (missing.includes(name)) throw new QueueError(`The queue ${name} is missing`);
+    },
+    consume(next) {
+      consumer = next;
       // The current session has no consumer; the next one gets it.
       session?.end("consuming begins");
     },
@@ -215,9 +262,8 @@ export function openQueue(
       stopped = true;
       const { channel, consumerTag } = session ?? {};
       if (channel && consumerTag) {
-        await withDeadline(channel.cancel(consumerTag), CLOSE_MS, () => new Error("late")).catch(
-          () => undefined,
-        );
+        const cancelled = channel.cancel(consumerTag).catch(() => undefined);
+        await Promise.race([cancelled, sleep(CLOSE_MS)]);
       }
       for (const end = Date.now() + withinMs; inHand > 0 && Date.now() < end; ) await sleep(20);
     },
@@ -232,22 +278,32 @@ export function openQueue(
   };
 }
 
-async function openSession(url: string, name: string): Promise<Session> {
-  const connection = await connect(withHeartbeat(url), {
-    noDelay: true,
-    keepAlive: true,
-    timeout: CONNECT_MS,
-  });
-  const { promise: ended, resolve: end } = Promise.withResolvers<string>();
+async function openSession(
+  url: string,
+  { name, program = "pointservice", onlyHints }: QueueOptions,
+): Promise<Session> {
+  const connection = await openConnection(url, program);
+  const over = new AbortController();
+  const ended = aborted(over.signal).then((): string => over.signal.reason);
+  const end = (reason: string) => over.abort(reason);
   // Without these listeners, an error of the connection or the channel would end the process.
   connection.on("error", (error) => end(error.message));
   connection.on("close", () => end("RabbitMQ closed the connection"));
   try {
-    const late = () => new QueueError(`RabbitMQ did not answer within ${CALL_MS} ms`);
-    const channel = await withDeadline(connection.createConfirmChannel(), CALL_MS, late);
+    const channel = await openChannel(connection.createConfirmChannel());
     channel.on("error", (error) => end(error.message));
     channel.on("close", () => end("RabbitMQ closed the channel"));
-    const session: Session = { connection, channel, returned: new Set(), blocked: false, end, ended };
+    const names = onlyHints ? [] : [name, deadLettersOf(name)];
+    const session: Session = {
+      connection,
+      channel,
+      returned: new Set(),
+      blocked: false,
+      findMissing: openLook(connection, names),
+      end,
+      ended,
+      signal: over.signal,
+    };
     channel.on("return", ({ properties }) => session.returned.add(String(properties.messageId)));
     connection.on("blocked", () => {
       session.blocked = true;
@@ -255,10 +311,10 @@ async function openSession(url: string, name: string): Promise<Session> {
     connection.on("unblocked", () => {
       session.blocked = false;
     });
-    await Promise.race([withDeadline(assertQueues(channel, name), CALL_MS, late), ended.then(failWith)]);
+    if (!onlyHints) await Promise.race([declareQueues(connection, name), ended.then(failWith)]);
     return session;
   } catch (error) {
-    await closeQuietly(connection);
+    await closeConnection(connection);
     throw error;
   }
 }
@@ -267,42 +323,8 @@ function failWith(reason: string): never {
   throw new QueueError(reason);
 }
 
-async function assertQueues(channel: ConfirmChannel, name: string) {
-  const dead = `${name}.dead`;
-  await channel.assertExchange(hintsOf(name), "fanout", { durable: true });
-  await channel.assertQueue(dead, {
-    durable: true,
-    arguments: { "x-queue-type": "quorum", "x-max-length": MAX_DEAD_MESSAGES },
-  });
-  await channel.assertQueue(name, {
-    durable: true,
-    arguments: {
-      "x-queue-type": "quorum",
-      "x-max-length": MAX_MESSAGES,
-      "x-delivery-limit": MAX_DELIVERIES,
-      // Both are needed to keep dead letters across a crash of the broker.
-      "x-overflow": "reject-publish",
-      "x-dead-letter-strategy": "at-least-once",
-      "x-dead-letter-exchange": "",
-      "x-dead-letter-routing-key": dead,
-    },
-  });
-}
-
-/** The exchange that sends each hint to every listener. */
-function hintsOf(name: string): string {
-  return `${name}.hints`;
-}
-
-async function listenForHints(channel: ConfirmChannel, name: string, onHint: (content: Buffer) => void) {
-  const { queue } = await channel.assertQueue("", {
-    exclusive: true,
-    autoDelete: true,
-    durable: false,
-    arguments: { "x-max-length": MAX_HINTS, "x-message-ttl": HINT_TTL_MS },
-  });
-  await channel.bindQueue(queue, hintsOf(name), "");
-  await channel.consume(queue, (message) => message && onHint(message.content), { noAck: true });
+function reasonOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }
 
 /** Resolves to true if the broker has put the message into the queue; never rejects. */
@@ -320,21 +342,4 @@ function publishOne({ channel, returned }: Session, name: string, content: Buffe
       resolve(false);
     }
   });
-}
-
-/** Sets a heartbeat of 20 s unless the URL has one: a dead peer is noticed after two heartbeats. */
-function withHeartbeat(url: string): string {
-  const parsed = new URL(url);
-  if (!parsed.searchParams.has("heartbeat")) parsed.searchParams.set("heartbeat", "20");
-  return parsed.href;
-}
-
-/** Closes, or gives up after 2 s: closing a dead connection may never settle. */
-async function closeQuietly(connection: ChannelModel): Promise<void> {
-  try {
-    await withDeadline(connection.close(), CLOSE_MS, () => new QueueError("late"));
-  } catch {
-    // A blocked or dead broker does not answer; the socket must not stay open.
-    (connection.connection as unknown as { stream: Socket }).stream.destroy();
-  }
 }

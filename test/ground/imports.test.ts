@@ -10,10 +10,10 @@ const IMPORT = /(?:\bfrom\s+|^import\s+|\bimport\(\s*|\brequire\(\s*)"([^"]+)"/g
 /** Which files may know a package. */
 const PACKAGES: [name: RegExp, files: RegExp][] = [
   [/^(elysia|@elysiajs)(\/|$)/, /^(api|lib\/http\/\w+|lib\/\w+\/\w+_routes)\.ts$/],
-  [/^amqplib(\/|$)/, /^lib\/queue\.ts$/],
+  [/^amqplib(\/|$)/, /^lib\/(amqp|hints|queue|queue_declaration)\.ts$/],
   [
     /^(drizzle-orm|mysql2)(\/|$)/,
-    /(\/dev\/.*|\/(schema|database|migrate|repair)|_(errors|repository|queries|check))\.ts$/,
+    /(\/dev\/.*|\/(schema|database|migrate|repair)|_(errors|session|repository|queries|check))\.ts$/,
   ],
 ];
 const ENVIRONMENT = /\b(Bun|process|import\.meta)\.env\b/;

@@ -1,5 +1,6 @@
 import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
 import type { Channel } from "amqplib";
+import { pino } from "pino";
 import {
   type ConsumeOptions,
   type Outcome,
@@ -16,20 +17,25 @@ setDefaultTimeout(30_000);
 const cleanups: (() => Promise<unknown>)[] = [];
 afterAll(() => Promise.all(cleanups.map((cleanup) => cleanup())));
 
-/** An open queue of its own name, closed and deleted in the end; how often it connected, and why it was disconnected each time. */
+/**
+ * An open queue of its own name, closed and deleted in the end; how often it connected, why it was disconnected each time, and
+ * what it logged.
+ */
 function open({ url = AMQP_URL, ...options }: Partial<QueueOptions> & { url?: string } = {}) {
   const name = options.name ?? uniqueName("queue_test");
   const events = { connected: 0, reasons: [] as string[] };
+  const log: Record<string, unknown>[] = [];
+  const logger = pino({}, { write: (line: string) => log.push(JSON.parse(line)) });
   const onConnected = () => events.connected++;
   const onDisconnected = (reason: string) => events.reasons.push(reason);
-  const queue = openQueue(url, { ...options, name, onConnected, onDisconnected });
+  const queue = openQueue(url, { ...options, name, onConnected, onDisconnected, logger });
   cleanups.push(() => queue.close().then(() => deleteQueue(name)));
-  return { queue, name, events };
+  return { queue, name, events, log };
 }
 
 async function openReady(options: Parameters<typeof open>[0] = {}) {
   const opened = open(options);
-  await until("the queue is ready", () => opened.queue.isReady());
+  await until("the queue is ready", () => opened.queue.isReady() && opened.events.connected > 0);
   return opened;
 }
 
@@ -203,7 +209,7 @@ test.concurrent("a consumer that the broker cancels subscribes again (fault 35)"
   const received = await consume(opened, { before });
   await deleteQueue(name);
   await until("it would subscribe again", () => befores === 2);
-  expect(events.reasons).toContain("RabbitMQ cancelled the consumer");
+  expect(events.reasons).toContain(`RabbitMQ cancelled the consumer: the queue ${name} is missing`);
   expect(queue.isReady()).toBe(false);
   gate.resolve();
   await until("consuming again", () => queue.isReady());
@@ -278,13 +284,26 @@ test.concurrent("stop() takes no more messages and waits for what is in hand", a
   expect([await queue.depth(), isStopped]).toEqual([1, false]);
   gate.resolve("ack");
   await stopping;
-  // On the same channel, hence after the acknowledgements, which closing could overtake.
-  expect(await queue.depth()).toBe(1);
   await queue.close();
   expect(received).toEqual(["1", "2"]);
   await asOperator(async (channel) => {
     const left = await take(channel, name);
     expect(left?.content.toString()).toBe("3");
+    expect((await channel.checkQueue(name)).messageCount).toBe(0);
+  });
+});
+
+test.concurrent("close() right after stop() loses no acknowledgement", async () => {
+  const opened = open();
+  const { queue, name } = opened;
+  const gate = Promise.withResolvers<Outcome>();
+  const received = await consume(opened, { prefetch: 2_000, outcome: () => gate.promise });
+  await queue.publish(messages(...Array.from({ length: 2_000 }, String)));
+  await until("all are in hand", () => received.length === 2_000);
+  gate.resolve("ack");
+  await queue.stop(10_000);
+  await queue.close();
+  await asOperator(async (channel) => {
     expect((await channel.checkQueue(name)).messageCount).toBe(0);
   });
 });
@@ -343,4 +362,173 @@ test.concurrent("hint() is lost silently while RabbitMQ is away, and heard again
     return received.length > 0;
   });
   expect(received).not.toContain("lost");
+});
+
+/** The lines about hints and queues that were logged: each message, with the reason of a warning. */
+function linesOf({ log }: ReturnType<typeof open>): string[] {
+  return log.map(({ msg, reason }) => (reason === undefined ? String(msg) : `${msg}: ${reason}`));
+}
+
+const HINTS_FAIL = "hints do not work; the next scan finds what they would announce";
+const HINTS_WORK = "hints work again";
+
+/** Waits until a hint of a sender reaches a listener. */
+async function untilHeard(sender: ReturnType<typeof open>, received: string[], text: string) {
+  await until(`"${text}" is heard`, () => {
+    sender.queue.hint(Buffer.from(text));
+    return received.includes(text);
+  });
+}
+
+/** Two listeners of one name, and what they hear. */
+async function openListeners() {
+  const first = { received: [] as string[] };
+  const second = { received: [] as string[] };
+  const hearing =
+    ({ received }: { received: string[] }) =>
+    (content: Buffer) =>
+      void received.push(content.toString());
+  const one = await openReady({ onHint: hearing(first) });
+  const two = await openReady({ onHint: hearing(second), name: one.name });
+  return [Object.assign(one, first), Object.assign(two, second)] as const;
+}
+
+test.concurrent("the exchange of the hints, deleted, is noticed, logged and declared again; messages go on (fault 47)", async () => {
+  const [one, two] = await openListeners();
+  await asOperator((channel) => channel.deleteExchange(`${one.name}.hints`));
+  // Whoever sends a hint meanwhile loses the hint, and nothing else.
+  one.queue.hint(Buffer.from("lost"));
+  expect(await one.queue.publish(messages("kept"))).toBe(1);
+  await untilHeard(one, two.received, "from one");
+  await untilHeard(two, one.received, "from two");
+  await until("both say so", () => [one, two].every((opened) => linesOf(opened).at(-1) === HINTS_WORK));
+  expect(linesOf(one)[0]).toStartWith(HINTS_FAIL);
+  expect(linesOf(one)[0]).toContain(`no exchange '${one.name}.hints'`);
+  for (const { events } of [one, two]) expect(events).toEqual({ connected: 1, reasons: [] });
+});
+
+test.concurrent("a binding, deleted, is noticed, logged and made again by each listener (fault 47)", async () => {
+  const [one, two] = await openListeners();
+  await asOperator(async (channel) => {
+    // The bindings of a deleted exchange are gone; only their owners may delete them alone.
+    await channel.deleteExchange(`${one.name}.hints`);
+    await channel.assertExchange(`${one.name}.hints`, "fanout", { durable: true });
+  });
+  await until("both say so", () => [one, two].every((opened) => linesOf(opened).at(-1) === HINTS_WORK));
+  for (const opened of [one, two]) {
+    expect(linesOf(opened)).toEqual([
+      expect.stringMatching(/: the binding of \S+ to \S+ is missing$|no exchange/),
+      HINTS_WORK,
+    ]);
+    expect(opened.events).toEqual({ connected: 1, reasons: [] });
+  }
+  await untilHeard(one, two.received, "from one");
+  await untilHeard(two, one.received, "from two");
+});
+
+test.concurrent("without hints, messages are published and consumed; this is logged once, and hints are tried again (fault 48)", async () => {
+  const name = uniqueName("queue_test");
+  await asOperator((channel) => channel.assertExchange(`${name}.hints`, "direct"));
+  const heard: string[] = [];
+  const opened = await openReady({ name, onHint: (content) => void heard.push(content.toString()) });
+  const received = await consume(opened);
+  expect(await opened.queue.publish(messages("one"))).toBe(1);
+  await until("it comes", () => received.length === 1);
+  opened.queue.hint(Buffer.from("lost"));
+  await opened.queue.check();
+  expect(linesOf(opened)).toEqual([expect.stringMatching(/^hints do not work.*PRECONDITION.*hints/)]);
+  await asOperator((channel) => channel.deleteExchange(`${name}.hints`));
+  await untilHeard(opened, heard, "found");
+  expect(linesOf(opened).slice(1)).toEqual([HINTS_WORK]);
+  expect(heard).not.toContain("lost");
+});
+
+test.concurrent("onlyHints: hints arrive, and no queue is declared", async () => {
+  const sender = await openReady({ onlyHints: true });
+  await sender.queue.check();
+  const refused = asOperator((channel) => channel.checkQueue(sender.name));
+  await expect(refused).rejects.toThrow("NOT_FOUND");
+  const heard: string[] = [];
+  await openReady({ name: sender.name, onHint: (content) => void heard.push(content.toString()) });
+  await untilHeard(sender, heard, "one");
+  expect(heard).toContain("one");
+});
+
+test.concurrent("the dead-letter queue, deleted, is noticed, logged and declared again on the same connection", async () => {
+  const opened = await openReady();
+  const received = await consume(opened, { outcome: (text) => (text === "bad" ? "dead" : "ack") });
+  const { connected } = opened.events;
+  const dead = `${opened.name}.dead`;
+  await asOperator((channel) => channel.deleteQueue(dead));
+  expect(await opened.queue.publish(messages("good", "bad"))).toBe(2);
+  await until("both come", () => received.length === 2);
+  await until("it is there again", () => opened.log.length === 2);
+  expect(linesOf(opened)).toEqual([
+    "the dead-letter queue is missing",
+    "declared the dead-letter queue again",
+  ]);
+  expect(opened.log).toMatchObject([{ queue: dead }, { queue: dead }]);
+  expect(opened.events.connected).toBe(connected);
+  await opened.queue.publish(messages("bad"));
+  await until("a dead letter", () => asOperator((channel) => take(channel, dead)));
+});
+
+test.concurrent("the queue, deleted, is noticed without any message, and declared again (fault 13)", async () => {
+  const { queue, name, events } = await openReady();
+  await deleteQueue(name);
+  await until("it is noticed", () => events.reasons.length > 0);
+  expect(events.reasons).toEqual([`the queue ${name} is missing`]);
+  await until("it is there again", () =>
+    queue.check().then(
+      () => true,
+      () => false,
+    ),
+  );
+  expect(await queue.publish(messages("kept"))).toBe(1);
+});
+
+/** Why `check()` rejects. */
+async function whyNot({ queue }: ReturnType<typeof open>): Promise<string> {
+  const error = await queue.check().then(
+    () => new Error("it resolves"),
+    (thrown) => thrown,
+  );
+  expect(error).toBeInstanceOf(QueueError);
+  return error.message;
+}
+
+test.concurrent("check() says why messages cannot be published or delivered, and ends no connection that is slow", async () => {
+  const proxy = await openProxy();
+  const opened = await openReady({ url: proxy.url });
+  await opened.queue.check();
+  proxy.inject(blockedFrame(true));
+  await until("an alarm", async () => /alarm/.test(await whyNot(opened).catch(() => "")));
+  proxy.inject(blockedFrame(false));
+  await until("it is over", () => opened.queue.isReady());
+
+  proxy.hold();
+  for (const _ of [1, 2]) expect(await whyNot(opened)).toBe("RabbitMQ did not answer within 2000 ms");
+  expect(opened.events).toEqual({ connected: 1, reasons: [] });
+  await proxy.refuse();
+  await until("it is noticed", () => opened.events.reasons.length > 1);
+  expect(await whyNot(opened)).toStartWith("RabbitMQ is not connected: ");
+  expect(await whyNot(opened)).toContain(opened.events.reasons.at(-1) ?? "no reason");
+
+  await proxy.serve();
+  const gate = Promise.withResolvers<void>();
+  opened.queue.consume({ prefetch: 1, before: () => gate.promise, handle: async () => "ack" });
+  await until("it waits", async () => (await whyNot(opened)).startsWith("RabbitMQ is not connected"));
+  gate.resolve();
+  await until("it consumes", () =>
+    opened.queue.check().then(
+      () => true,
+      () => false,
+    ),
+  );
+});
+
+test.concurrent("a virtual host that does not exist is named in the reason", async () => {
+  const { events } = open({ url: new URL("/no%2Fwhere", AMQP_URL).href });
+  const [reason] = await until("a reason", () => events.reasons.length > 0 && events.reasons);
+  expect(reason).toStartWith("RabbitMQ refuses the virtual host no/where: it does not exist");
 });

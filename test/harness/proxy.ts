@@ -198,6 +198,8 @@ function mysqlCommand(bytes: Buffer) {
 }
 
 const PROTOCOL_HEADER = 8;
+/** Where the length of the name of the exchange is, in the frame of a basic.publish. */
+const EXCHANGE_LENGTH = 13;
 const AMQP_NAMES: Record<string, string> = { "60.40": "basic.publish", "60.80": "basic.ack" };
 
 /** AMQP 0-9-1: frames of type, channel, size, payload and an end byte. */
@@ -209,7 +211,9 @@ function amqpCommand(bytes: Buffer) {
     text() {
       if (isHeader || bytes[0] !== 1) return "";
       const method = `${bytes.readUInt16BE(7)}.${bytes.readUInt16BE(9)}`;
-      return AMQP_NAMES[method] ?? method;
+      const name = AMQP_NAMES[method] ?? method;
+      // Hints and their probes go to an exchange, messages to the unnamed one.
+      return name === "basic.publish" && bytes[EXCHANGE_LENGTH] !== 0 ? "basic.publish.hint" : name;
     },
   };
 }

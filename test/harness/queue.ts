@@ -6,6 +6,8 @@ import { AMQP_URL, uniqueName, until } from "./harness.ts";
 export async function openChannel(url: string = AMQP_URL) {
   const connection = await connect(url);
   const channel = await connection.createChannel();
+  // What is refused rejects its call, and must not end the test as well.
+  channel.on("error", () => undefined);
   return { channel, [Symbol.asyncDispose]: () => connection.close() };
 }
 

@@ -2,10 +2,11 @@ import { expect, test } from "bun:test";
 import { openApp } from "../harness/app.ts";
 import { openTestDatabase } from "../harness/database.ts";
 import { insertReservation } from "../harness/fixtures.ts";
-import { AMQP_URL } from "../harness/harness.ts";
+import { AMQP_URL, until } from "../harness/harness.ts";
 import { countStatuses, openPipeline, untilDone } from "../harness/pipeline.ts";
 import { untilLogged, untilReady } from "../harness/processes.ts";
 import { startProxy } from "../harness/proxy.ts";
+import { openChannel } from "../harness/queue.ts";
 import { bodyOf, post } from "../http/client.ts";
 
 const db = await openTestDatabase();
@@ -78,4 +79,20 @@ test("without RabbitMQ the API is ready and reserves, and the schedulers' interv
   await pipeline.start("scheduler");
   await pipeline.start("worker");
   await untilDone(pipeline.test, { count: 20 });
+});
+
+test("after somebody has deleted the exchange of the hints, what is reserved is granted now again (fault 47)", async () => {
+  await using pipeline = await openPipeline();
+  const api = await pipeline.start("api");
+  const scheduler = await pipeline.start("scheduler", { SCAN_INTERVAL_MS: String(HOUR_MS) });
+  await untilReady(scheduler, await pipeline.start("worker"));
+  await untilLogged(api, "connected to RabbitMQ");
+  await using operator = await openChannel();
+  await operator.channel.deleteExchange(`${pipeline.queueName}.hints`);
+  await untilLogged(scheduler, "hints work again");
+  // Whether it has noticed the deletion, too, depends on the moment of its last probe.
+  await until("the API can send hints", () => api.log().at(-1)?.level === "info");
+  const body = bodyOf({ execute_at: new Date().toISOString() });
+  expect((await fetch(`${api.url}/point/reserve`, post(body))).status).toBe(201);
+  await untilDone(pipeline.test, { count: 1 });
 });
