@@ -1,5 +1,15 @@
 import { sql } from "drizzle-orm";
-import { bigint, char, date, datetime, int, mysqlTable, tinyint, varchar } from "drizzle-orm/mysql-core";
+import {
+  bigint,
+  char,
+  date,
+  datetime,
+  decimal,
+  int,
+  mysqlTable,
+  tinyint,
+  varchar,
+} from "drizzle-orm/mysql-core";
 
 // The tables of `sql/`, which also defines the binary collation of the text keys, the checks and the defaults.
 
@@ -47,6 +57,8 @@ export const pointReservations = mysqlTable("point_reservations", {
   /** The original values, if the reservation was patched. */
   originalPointAmount: int("original_point_amount"),
   originalExecuteAt: time("original_execute_at"),
+  /** When a client or an operator last changed it; null: never. */
+  changedAt: time("changed_at"),
   scanAt: time("scan_at"),
   attempts: int("attempts").notNull(),
   lastError: text("last_error", 500),
@@ -61,6 +73,13 @@ export const pointReservations = mysqlTable("point_reservations", {
     sql`if(campaign is null, null, if(status in ('PENDING', 'PROCESSING'), 'OPEN', status))`,
     { mode: "virtual" },
   ),
+});
+
+/** One row: the greatest time that MySQL's clock has shown, and the time before which no reservation is open. */
+export const pointScanState = mysqlTable("point_scan_state", {
+  id: tinyint("id").primaryKey(),
+  clockAt: time("clock_at"),
+  openFrom: time("open_from"),
 });
 
 /** The ledger: append only. */
@@ -97,9 +116,8 @@ export const pointDailyTotals = mysqlTable("point_daily_totals", {
   entries: whole("entries").notNull(),
   points: whole("points").notNull(),
   users: whole("users").notNull(),
-  lateMsSum: whole("late_ms_sum").notNull(),
+  lateMsSum: decimal("late_ms_sum", { precision: 38, scale: 0, mode: "bigint" }).notNull(),
   lateMsMax: whole("late_ms_max").notNull(),
-  updatedAt: time("updated_at").notNull(),
 });
 
 export type BalanceRow = typeof pointRoot.$inferSelect;

@@ -24,9 +24,13 @@ create table point_reservations (
   -- the original values, if the reservation was patched: the original request sent again is still a replay
   original_point_amount int null,
   original_execute_at datetime(3) null,
+  -- when a client or an operator last changed it; null: never. A grant cannot be late before that
+  changed_at datetime(3) null,
   -- when the scheduler must process the row next: first execute_at, while PROCESSING the end of the lease,
-  -- after a failure the time of the next attempt, null once the reservation is over
-  scan_at datetime(3) null,
+  -- after a failure the time of the next attempt, null once the reservation is over; never set to a time in the past:
+  -- scans start from the oldest one that is open
+  scan_at datetime(3) null
+    default (if(status in ('PENDING', 'PROCESSING'), greatest(execute_at, now(3)), null)),
   attempts int not null default 0,
   last_error varchar(500) character set utf8mb4 null,
   created_at datetime(3) not null default current_timestamp(3),
@@ -43,7 +47,8 @@ create table point_reservations (
   primary key (id),
   -- createReservations(): the second request with a key finds the first; the index decides, not a SELECT before it
   unique key point_reservations_idempotency_key (idempotency_key),
-  -- claimDue(), findNextScan(): due reservations, in order; without it a claim would lock every candidate row
+  -- claimDue(), findNextScan(), findOldestOpen(): open reservations, in order; without it a claim would lock every
+  -- candidate row
   key point_reservations_scan_at (scan_at, id),
   -- listReservations(): each list in the order of execute_at; findHoldings(): the sum of open reservations
   key point_reservations_user (user_id, listed_as, execute_at, id, point_amount),
@@ -58,6 +63,20 @@ create table point_reservations (
   constraint point_reservations_scan_at_until_over
     check ((scan_at is not null) = (status in ('PENDING', 'PROCESSING')))
 ) engine = InnoDB default character set ascii collate ascii_bin;
+
+-- What the schedulers know about the scans; each of them writes it every 10 s.
+create table point_scan_state (
+  id tinyint not null default 1,
+  -- the greatest time of MySQL's clock that a scheduler has seen: if it is ahead of now(3), the clock went back
+  clock_at datetime(3) null,
+  -- no open reservation has an earlier scan_at: a scheduler that starts, and the check for overdue reservations, need not
+  -- look at what lies before it; null if that is unknown
+  open_from datetime(3) null,
+  primary key (id),
+  constraint point_scan_state_one_row check (id = 1)
+) engine = InnoDB default character set ascii collate ascii_bin;
+
+insert into point_scan_state (id) values (1) on duplicate key update id = id;
 
 create table point_transactions (
   id char(36) character set ascii collate ascii_bin not null,
@@ -79,7 +98,7 @@ create table point_transactions (
   unique key point_transactions_idempotency_key (idempotency_key, is_grant),
   -- listTransactions(): newest first; findBalanceAt(): the sum up to a time, from the index alone
   key point_transactions_user (user_id, created_at, id, point_amount),
-  -- countEntries(): uncounted entries; checkDay(): the entries that the totals of a day count; checkRecentEntries()
+  -- countEntries(), checkUncounted(): uncounted entries; checkDay(): the entries that the totals of a day count
   key point_transactions_aggregated (aggregated_in, created_at),
   constraint point_transactions_user_id_filled check (user_id <> ''),
   constraint point_transactions_kind_known check (kind in ('grant', 'add', 'sub')),
@@ -100,14 +119,20 @@ create table point_aggregation (
 
 insert into point_aggregation (id) values (1) on duplicate key update id = id;
 
--- The scheduler that has the turn to do the accounting. Not in the row above, which is locked while a day is reset.
+-- The scheduler that has the turn to do the accounting. Not in the row above, which is locked while a day is reset. Each
+-- scheduler decides by a clock of its own how long it has seen the same numbers: MySQL's clock may jump.
 create table point_aggregation_turns (
   id tinyint not null default 1,
-  -- one scheduler at a time; it holds the turn until held_until
+  -- the turn; null if no scheduler has it
   held_by char(36) character set ascii collate ascii_bin null,
-  held_until datetime(3) not null default '1970-01-01 00:00:00.000',
+  -- counts the signs of life: if neither it nor held_by changes for a minute, the holder is dead
+  beats bigint not null default 0,
+  -- counts the finished runs: if it does not change for the interval, the next run is due
+  runs bigint not null default 0,
+  -- 1: due at once, since a run did not finish, or totals were voided
+  is_wanted tinyint not null default 0,
+  -- for people, by MySQL's clock: when the last run finished, and when an aggregation last counted all entries
   finished_at datetime(3) null,
-  -- when an aggregation last counted all entries
   aggregated_at datetime(3) null,
   primary key (id),
   constraint point_aggregation_turns_one_row check (id = 1)
@@ -124,10 +149,9 @@ create table point_daily_totals (
   entries bigint not null default 0,
   points bigint not null default 0,
   users bigint not null default 0,
-  -- for grants; 0 for other kinds
-  late_ms_sum bigint not null default 0,
+  -- for grants; 0 for other kinds. The sum is exact whatever the clocks say
+  late_ms_sum decimal(38,0) not null default 0,
   late_ms_max bigint not null default 0,
-  updated_at datetime(3) not null default current_timestamp(3) on update current_timestamp(3),
   -- countEntries(): the row to add to; findTotals(): the days in order
   primary key (generation, day, kind, campaign),
   constraint point_daily_totals_kind_known check (kind in ('grant', 'add', 'sub')),
@@ -144,8 +168,47 @@ create table point_daily_users (
   primary key (generation, day, kind, campaign, user_id)
 ) engine = InnoDB default character set ascii collate ascii_bin;
 
+-- What the counted entries add up to, for reconciliations: they look only at what differs from it. Kept in the transaction
+-- that counts the entries.
+create table point_user_totals (
+  generation int not null,
+  user_id varchar(20) character set ascii collate ascii_bin not null,
+  points bigint not null,
+  -- addToSums(): the row to add to; checkBalances(): the users of a page
+  primary key (generation, user_id)
+) engine = InnoDB default character set ascii collate ascii_bin;
+
+-- The same for grants, by the first characters of the ids of their reservations: the reservations of about 4 s.
+create table point_reservation_totals (
+  generation int not null,
+  id_prefix varchar(10) character set ascii collate ascii_bin not null,
+  entries bigint not null,
+  -- XOR of 64 bits of a hash of each grant: equal to that of the DONE reservations if each has its entry
+  fingerprint bigint unsigned not null,
+  -- addToSums(): the row to add to; checkReservations(): the reservations of a page
+  primary key (generation, id_prefix)
+) engine = InnoDB default character set ascii collate ascii_bin;
+
+-- Entries that did not fit their reservation when they were counted. Reconciliations delete those that do.
+create table point_suspects (
+  transaction_id char(36) character set ascii collate ascii_bin not null,
+  -- checkSuspects(): page by page
+  primary key (transaction_id)
+) engine = InnoDB default character set ascii collate ascii_bin;
+
+-- The days whose totals a reconciliation has found right, and a fingerprint of these totals.
+create table point_checked_days (
+  generation int not null,
+  day date not null,
+  fingerprint bigint unsigned not null,
+  -- listDays(): the days that have not changed
+  primary key (generation, day)
+) engine = InnoDB default character set ascii collate ascii_bin;
+
 create table point_reconciliations (
-  id char(36) character set ascii collate ascii_bin not null,
+  -- counts up: clocks may jump, so the last reconciliation is the one with the greatest number
+  number bigint not null,
+  -- for people, by MySQL's clock
   started_at datetime(3) not null,
   finished_at datetime(3) not null default current_timestamp(3),
   is_full tinyint not null,
@@ -154,9 +217,10 @@ create table point_reconciliations (
   entries bigint not null,
   days bigint not null,
   differences bigint not null,
-  primary key (id),
   -- findAccountingState(): the result of the last run
-  key point_reconciliations_finished (finished_at)
+  primary key (number),
+  -- mustBeFull(): the result of the last full run
+  key point_reconciliations_full (is_full, number)
 ) engine = InnoDB default character set ascii collate ascii_bin;
 
 create table point_repairs (
@@ -170,4 +234,10 @@ create table point_repairs (
   primary key (id),
   -- for operators: the repairs of a user
   key point_repairs_user (user_id, repaired_at)
+) engine = InnoDB default character set ascii collate ascii_bin;
+
+-- For /ready: a row that is inserted and deleted in one transaction, so that its COMMIT is a real one. Always empty.
+create table point_trials (
+  id char(36) character set ascii collate ascii_bin not null,
+  primary key (id)
 ) engine = InnoDB default character set ascii collate ascii_bin;

@@ -1,12 +1,9 @@
 import type { Database } from "../database.ts";
-import { DatabaseError } from "../database_errors.ts";
 import { countEntries } from "./count_repository.ts";
-import { chooseTimeZone, deleteOldGenerations, noteAggregated } from "./total_repository.ts";
+import { chooseTimeZone, deleteOldGenerations, noteAggregated, retryLocked } from "./total_repository.ts";
 
 /** The number of ledger entries that one transaction counts. It locks their totals for about 0.2 s. */
 const PAGE = 5_000;
-/** The number of lock waits of 5 s that one call accepts: resetting a day holds its lock for minutes. */
-const MAX_WAITS = 120;
 
 export interface AggregateOptions {
   /** The time zone of the days. */
@@ -31,15 +28,9 @@ export async function aggregate(
 ): Promise<number> {
   await chooseTimeZone(database, timeZone);
   let sum = 0;
-  let waits = 0;
   // Until a page is not full, not until one is empty: while points are granted, there are always new entries.
   for (let counted = PAGE; counted === PAGE && !signal?.aborted; ) {
-    try {
-      counted = await countEntries(database, { timeZone, limit: PAGE });
-    } catch (error) {
-      if (!(error instanceof DatabaseError && error.isContended) || ++waits > MAX_WAITS) throw error;
-      continue;
-    }
+    counted = await retryLocked(() => countEntries(database, { timeZone, limit: PAGE }), signal);
     sum += counted;
     await onPage?.(counted);
   }

@@ -1,21 +1,18 @@
 import type { Connection, Database } from "../database.ts";
-import { type CheckedPage, findShownEntries, PAGE, runPage, WALK_PAGE } from "./check.ts";
+import { AFTER_ALL, type CheckedPage, findShownEntries, PAGE, runPage, WALK_PAGE } from "./check.ts";
 import type { BalanceMismatch } from "./difference.ts";
-
-/** Sorts after every user id. */
-const AFTER_ALL = "~";
 
 /**
  * Compares each balance of a page with the sum of its user's ledger entries, including users without a balance.
  *
- * @param options.since checks only balances that have changed since this time
+ * @param options.isFull false: only those of users whose balance differs from the sum of the counted entries
  */
 export function checkBalances(
   database: Database,
-  { after, since }: { after: string; since: Date | undefined },
+  { after, isFull }: { after: string; isFull: boolean },
 ): Promise<CheckedPage<string>> {
   return runPage(database, async (connection) => {
-    const limit = since ? WALK_PAGE : PAGE;
+    const limit = isFull ? PAGE : WALK_PAGE;
     const [page] = await connection.select<{ last: string | null; count: number }>(
       `/* page_of_balances */ select max(user_id) last, count(*) count
        from (select user_id from point_root where user_id > ? order by user_id limit ?) page`,
@@ -24,18 +21,33 @@ export function checkBalances(
     const isLast = !page?.last || page.count < limit;
     const last = isLast ? AFTER_ALL : page.last;
     const next = isLast ? undefined : (last ?? undefined);
-    if (!since) {
+    if (isFull) {
       const differences = await findMismatches(connection, "user_id > ? and user_id <= ?", [after, last]);
       return { next, count: Number(page?.count ?? 0), differences };
     }
-    const changed = await connection.select<{ userId: string }>(
-      `/* find_changed_balances */ select user_id userId from point_root
-       where user_id > ? and user_id <= ? and updated_at >= ?`,
-      [after, last, since],
-    );
-    const userIds = changed.map(({ userId }) => userId);
-    return { next, count: changed.length, differences: await findBalanceMismatches(connection, userIds) };
+    const userIds = await findMovedBalances(connection, { after, last });
+    return { next, count: userIds.length, differences: await findBalanceMismatches(connection, userIds) };
   });
+}
+
+/** The users whose balance differs from the sum of their counted entries: most have entries that are not counted yet. */
+async function findMovedBalances(
+  { select }: Connection,
+  { after, last }: { after: string; last: string | null },
+): Promise<string[]> {
+  const rows = await select<{ userId: string }>(
+    `/* find_moved_balances */ select b.user_id userId
+     from point_aggregation a join point_root b
+     left join point_user_totals s on s.generation = a.generation and s.user_id = b.user_id
+     where a.id = 1 and b.user_id > ? and b.user_id <= ? and b.point_num <> coalesce(s.points, 0)
+     union all
+     select s.user_id
+     from point_aggregation a join point_user_totals s on s.generation = a.generation
+     left join point_root b on b.user_id = s.user_id
+     where a.id = 1 and s.user_id > ? and s.user_id <= ? and b.user_id is null`,
+    [after, last, after, last],
+  );
+  return rows.map(({ userId }) => userId);
 }
 
 /** The mismatches among the balances of these users. */

@@ -6,8 +6,12 @@ import type { Difference, ShownEntry } from "./difference.ts";
 
 /** The number of balances, reservations or ledger entries in one page. */
 export const PAGE = 2_000;
-/** The number of rows in one page if only changed rows are checked. */
+/** The number of rows in one page if only sums are compared. */
 export const WALK_PAGE = 20_000;
+/** The first moment that a DATETIME can hold. */
+export const EARLIEST = new Date("1000-01-01T00:00:00Z");
+/** Sorts after every id of a user or a reservation. */
+export const AFTER_ALL = "~";
 /** The longest time for one page, in milliseconds: a day with millions of entries is one page. */
 const WORK_MS = 600_000;
 /** The maximum number of ledger entries that a difference shows. */

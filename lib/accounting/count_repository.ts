@@ -6,6 +6,7 @@ import {
   type TotalName,
   type UncountedEntry,
 } from "./daily_sum.ts";
+import { addSuspects, addToSums } from "./sum_repository.ts";
 import { findAggregation, lockGeneration } from "./total_repository.ts";
 
 /** The number of totals whose users one statement looks up: with thousands MySQL would scan the table. */
@@ -13,7 +14,8 @@ const SUMS = 500;
 
 /**
  * Adds a page of uncounted ledger entries to the totals of their days, and marks them as counted, in one transaction: each
- * entry counts once, however late it commits and whatever process dies. Skips entries that another transaction is counting.
+ * entry counts once, however late it commits and whatever process dies. Also checks that each grant fits its reservation, and
+ * records those that do not: no entry is counted unseen. Skips entries that another transaction is counting.
  *
  * @returns the number of entries that it counted; fewer than `limit` if none are left
  * @throws {DomainError} TIME_ZONE if the totals are by days of another time zone
@@ -26,7 +28,8 @@ export function countEntries(
     const generation = await lockGeneration(transaction, { timeZone, mode: "lock in share mode" });
     const entries = await transaction.select<UncountedEntry>(
       `/* lock_uncounted_entries */
-       select id, user_id userId, point_amount pointAmount, kind, reservation_id reservationId, created_at createdAt
+       select id, user_id userId, point_amount pointAmount, kind, reservation_id reservationId,
+         idempotency_key idempotencyKey, created_at createdAt
        from point_transactions force index (point_transactions_aggregated)
        where aggregated_in < ? order by aggregated_in, created_at, id limit ? for update skip locked`,
       [generation, limit],
@@ -34,9 +37,12 @@ export function countEntries(
     if (entries.length === 0) return 0;
     const reservations = await findGranted(transaction, entries);
     await addToTotals(transaction, generation, sumByDay(entries, { reservations, timeZone }));
+    const ids = entries.map(({ id }) => id);
+    await addToSums(transaction, generation, { index: "primary", where: "id in (?)", values: [ids] });
+    await addSuspects(transaction, findUnfit(entries, reservations));
     await transaction.execute(
       `/* mark_counted */ update point_transactions force index (primary) set aggregated_in = ? where id in (?)`,
-      [generation, entries.map(({ id }) => id)],
+      [generation, ids],
     );
     return entries.length;
   });
@@ -45,14 +51,35 @@ export function countEntries(
 async function findGranted(
   transaction: Transaction,
   entries: readonly UncountedEntry[],
-): Promise<GrantedReservation[]> {
+): Promise<Map<string, GrantedReservation>> {
   const ids = entries.map(({ reservationId }) => reservationId).filter((id) => id !== null);
-  if (ids.length === 0) return [];
-  return transaction.select<GrantedReservation>(
-    `/* find_granted_reservations */ select id, campaign, execute_at executeAt
+  if (ids.length === 0) return new Map();
+  const rows = await transaction.select<GrantedReservation>(
+    `/* find_granted_reservations */ select id, user_id userId, point_amount pointAmount, status,
+       idempotency_key idempotencyKey, campaign,
+       greatest(execute_at, created_at, coalesce(changed_at, created_at)) grantableAt
      from point_reservations where id in (?)`,
     [ids],
   );
+  return new Map(rows.map((row) => [row.id, row]));
+}
+
+/** The ids of the grants that are not the one entry of a DONE reservation. */
+function findUnfit(
+  entries: readonly UncountedEntry[],
+  reservations: ReadonlyMap<string, GrantedReservation>,
+): string[] {
+  const unfit = entries.filter((entry) => {
+    if (entry.kind !== "grant") return false;
+    const reservation = reservations.get(entry.reservationId ?? "");
+    return !(
+      reservation?.status === "DONE" &&
+      reservation.idempotencyKey === entry.idempotencyKey &&
+      reservation.userId === entry.userId &&
+      reservation.pointAmount === entry.pointAmount
+    );
+  });
+  return unfit.map(({ id }) => id);
 }
 
 async function addToTotals(
@@ -88,7 +115,17 @@ async function addToTotals(
        late_ms_max = greatest(late_ms_max, values(late_ms_max))`,
     [
       fresh.map(({ day, kind, campaign, entries, points, userIds, lateMsSum, lateMsMax }) => {
-        return [generation, day, kind, campaign, entries, points, userIds.length, lateMsSum, lateMsMax];
+        return [
+          generation,
+          day,
+          kind,
+          campaign,
+          entries,
+          points,
+          userIds.length,
+          String(lateMsSum),
+          lateMsMax,
+        ];
       }),
     ],
   );

@@ -1,4 +1,4 @@
-import type { EntryKind } from "../schema.ts";
+import type { EntryKind, ReservationStatus } from "../schema.ts";
 import { boundsOf, dayOf } from "./day.ts";
 
 /** A ledger entry that no total counts yet. */
@@ -8,14 +8,20 @@ export interface UncountedEntry {
   pointAmount: number;
   kind: EntryKind;
   reservationId: string | null;
+  idempotencyKey: string;
   createdAt: Date;
 }
 
-/** The data of a reservation that the total of its grant needs. */
+/** The reservation that an entry names. */
 export interface GrantedReservation {
   id: string;
+  userId: string;
+  pointAmount: number;
+  status: ReservationStatus;
+  idempotencyKey: string;
   campaign: string | null;
-  executeAt: Date;
+  /** When it could first be granted: `execute_at`, or when it was made or last changed, if that is later. */
+  grantableAt: Date;
 }
 
 /** The key of a daily total. */
@@ -31,8 +37,8 @@ export interface DailySum extends TotalName {
   entries: number;
   points: number;
   userIds: Set<string>;
-  /** Milliseconds from `execute_at` to the grant; 0 for other entries. */
-  lateMsSum: number;
+  /** Milliseconds from when the reservation could be granted to the grant; 0 for other entries. A number may lose digits. */
+  lateMsSum: bigint;
   lateMsMax: number;
 }
 
@@ -42,9 +48,8 @@ export interface DailySum extends TotalName {
  */
 export function sumByDay(
   entries: readonly UncountedEntry[],
-  { reservations, timeZone }: { reservations: readonly GrantedReservation[]; timeZone: string },
+  { reservations, timeZone }: { reservations: ReadonlyMap<string, GrantedReservation>; timeZone: string },
 ): DailySum[] {
-  const reservationsById = new Map(reservations.map((one) => [one.id, one]));
   const sums = new Map<string, DailySum>();
   let day = { name: "", from: new Date(0), until: new Date(0) };
   for (const { userId, pointAmount, kind, reservationId, createdAt } of entries) {
@@ -53,15 +58,15 @@ export function sumByDay(
       const name = dayOf(createdAt, timeZone);
       day = { name, ...boundsOf(name, timeZone) };
     }
-    const { campaign, executeAt } = reservationsById.get(reservationId ?? "") ?? {};
+    const { campaign, grantableAt } = reservations.get(reservationId ?? "") ?? {};
     const total = { day: day.name, kind, campaign: campaign ?? "" };
     const key = `${total.day} ${total.kind} ${total.campaign}`;
     const sum = sums.get(key) ?? { ...total, ...emptySum() };
-    const lateMs = executeAt ? createdAt.getTime() - executeAt.getTime() : 0;
+    const lateMs = grantableAt ? Math.max(0, createdAt.getTime() - grantableAt.getTime()) : 0;
     sum.entries++;
     sum.points += pointAmount;
     sum.userIds.add(userId);
-    sum.lateMsSum += lateMs;
+    sum.lateMsSum += BigInt(lateMs);
     sum.lateMsMax = Math.max(sum.lateMsMax, lateMs);
     sums.set(key, sum);
   }
@@ -69,5 +74,5 @@ export function sumByDay(
 }
 
 function emptySum(): Omit<DailySum, keyof TotalName> {
-  return { entries: 0, points: 0, userIds: new Set(), lateMsSum: 0, lateMsMax: 0 };
+  return { entries: 0, points: 0, userIds: new Set(), lateMsSum: 0n, lateMsMax: 0 };
 }

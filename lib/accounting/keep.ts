@@ -5,7 +5,7 @@ import { DomainError, describeError } from "../errors.ts";
 import { aggregate } from "./aggregate.ts";
 import { describeDifference } from "./difference.ts";
 import { reconcile } from "./reconcile.ts";
-import { endTurn, keepTurn, takeTurn } from "./turn_repository.ts";
+import type { Turns } from "./turn_repository.ts";
 
 /** How often to check if the accounting is due, in milliseconds. */
 const TURN_MS = 10_000;
@@ -16,6 +16,7 @@ const MAX_LOGGED = 100;
 
 export interface AccountingOptions {
   database: Database;
+  turns: Turns;
   logger: Logger;
   config: Pick<Settings, "AGGREGATE_INTERVAL_MS" | "AGGREGATE_TIME_ZONE" | "LEASE_MS">;
   signal: AbortSignal;
@@ -29,25 +30,30 @@ export interface AccountingOptions {
  * @returns how many milliseconds to sleep before the next check
  * @throws {DatabaseError}
  */
-export async function keepAccounts({ database, logger, config, signal }: AccountingOptions): Promise<number> {
-  const intervalMs = config.AGGREGATE_INTERVAL_MS;
-  const sleepMs = Math.min(intervalMs, TURN_MS);
-  const turn = await takeTurn(database, { intervalMs });
+export async function keepAccounts({ turns, ...options }: AccountingOptions): Promise<number> {
+  const { config, signal } = options;
+  const sleepMs = Math.min(config.AGGREGATE_INTERVAL_MS, TURN_MS);
+  const turn = await turns.take();
   if (!turn) return sleepMs;
   // If MySQL is unavailable, the work itself fails.
-  const keeping = setInterval(() => keepTurn(database, turn).catch(() => undefined), KEEP_TURN_MS);
+  const keeping = setInterval(() => turn.keep().catch(() => undefined), KEEP_TURN_MS);
   let isFinished = false;
   try {
-    await aggregateAndReconcile({ database, logger, config, signal });
+    await aggregateAndReconcile(options);
     isFinished = !signal.aborted;
   } finally {
     clearInterval(keeping);
-    await endTurn(database, turn, { isFinished }).catch(() => undefined);
+    await turn.end({ isFinished }).catch(() => undefined);
   }
   return sleepMs;
 }
 
-async function aggregateAndReconcile({ database, logger, config, signal }: AccountingOptions): Promise<void> {
+async function aggregateAndReconcile({
+  database,
+  logger,
+  config,
+  signal,
+}: Omit<AccountingOptions, "turns">): Promise<void> {
   const startedAt = performance.now();
   const aggregating = aggregate(database, { timeZone: config.AGGREGATE_TIME_ZONE, signal });
   const counted = await aggregating.catch((error) => {

@@ -1,4 +1,4 @@
-import type { Database } from "../database.ts";
+import type { Connection, Database } from "../database.ts";
 import { type CheckedPage, PAGE, runPage } from "./check.ts";
 import type { OverdueReservation } from "./difference.ts";
 
@@ -7,30 +7,28 @@ export const OVERDUE_MS = 300_000;
 /** The longest backoff after a failed attempt, in milliseconds: `RETRY` of worker.ts. */
 const RETRY_MS = 3_600_000;
 
+/** SQL: the columns of an overdue reservation `r`. */
+const COLUMNS = "r.id reservation_id, r.user_id, r.status, r.execute_at, r.attempts, r.last_error";
+
 /** A position in a walk over the open reservations. */
 export interface OpenPosition {
   scanAt: Date;
   id: string;
 }
 
-/** Finds the overdue reservations of a page. */
+/** Finds the overdue reservations of a page. A reservation is not late before it was made or last changed. */
 export function checkOverdue(
   database: Database,
   { after, leaseMs }: { after: OpenPosition; leaseMs: number },
 ): Promise<CheckedPage<OpenPosition>> {
   return runPage(database, async ({ select }) => {
-    const overdue = OVERDUE_MS * 1_000;
     const rows = await select<Omit<OverdueReservation, "kind"> & { scanAt: Date }>(
-      `/* check_overdue */
-       select id reservation_id, user_id, status, execute_at, attempts, last_error, scan_at scanAt
-       from point_reservations force index (point_reservations_scan_at)
-       where scan_at >= ? and (scan_at > ? or id > ?) and scan_at <= now(3) + interval ? microsecond
-         and greatest(execute_at, created_at) <= now(3) - interval ? microsecond
-         -- a FAILED reservation that an operator has just retried is not overdue
-         and not (attempts = 0 and last_error is not null and status = 'PROCESSING')
-         and not (attempts = 0 and status = 'PENDING' and scan_at > now(3) - interval ? microsecond)
-       order by scan_at, id limit ?`,
-      [after.scanAt, after.scanAt, after.id, (leaseMs + RETRY_MS) * 1_000, overdue, overdue, PAGE],
+      `/* check_overdue */ select ${COLUMNS}, r.scan_at scanAt
+       from point_reservations r force index (point_reservations_scan_at)
+       where r.scan_at >= ? and (r.scan_at > ? or r.id > ?) and r.scan_at <= now(3) + interval ? microsecond
+         and greatest(r.execute_at, r.created_at, coalesce(r.changed_at, r.created_at)) <= now(3) - interval ? microsecond
+       order by r.scan_at, r.id limit ?`,
+      [after.scanAt, after.scanAt, after.id, (leaseMs + RETRY_MS) * 1_000, OVERDUE_MS * 1_000, PAGE],
     );
     const last = rows.at(-1);
     return {
@@ -39,4 +37,38 @@ export function checkOverdue(
       differences: rows.map(({ scanAt: _, ...row }) => ({ kind: "overdue", ...row })),
     };
   });
+}
+
+/** The earliest `scan_at` of an open reservation, as the schedulers know it; null if they do not. */
+export async function findOpenFrom(database: Database): Promise<Date | null> {
+  const [state] = await database.run(({ select }) =>
+    select<{ openFrom: Date | null }>(
+      `/* find_open_from */ select open_from openFrom from point_scan_state where id = 1`,
+    ),
+  );
+  return state?.openFrom ?? null;
+}
+
+// No index finds a due reservation that a clock ahead of time has put aside: its `scan_at` lies among those of the future. But
+// the check of reservations reads all rows anyway.
+
+/** SQL: a due reservation `r` is scanned later than any lease or backoff allows. With `putAsideValues()`. */
+export const PUT_ASIDE =
+  "(r.scan_at > now(3) + interval ? microsecond and r.execute_at <= now(3) - interval ? microsecond)";
+
+export function putAsideValues(leaseMs: number): number[] {
+  return [(leaseMs + RETRY_MS) * 1_000, OVERDUE_MS * 1_000];
+}
+
+/** The reservations `r` that were put aside. */
+export async function findPutAside(
+  { select }: Connection,
+  { where, values, leaseMs }: { where: string; values: unknown[]; leaseMs: number },
+): Promise<OverdueReservation[]> {
+  const rows = await select<Omit<OverdueReservation, "kind">>(
+    `/* find_put_aside */ select ${COLUMNS} from point_reservations r force index (primary)
+     where ${where} and ${PUT_ASIDE}`,
+    [...values, ...putAsideValues(leaseMs)],
+  );
+  return rows.map((row) => ({ kind: "overdue", ...row }));
 }

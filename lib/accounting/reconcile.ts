@@ -1,25 +1,17 @@
 import type { Database } from "../database.ts";
 import { checkBalances } from "./balance_check.ts";
-import type { CheckedPage } from "./check.ts";
-import { boundsOf, dayOf, plusDays } from "./day.ts";
+import { type CheckedPage, EARLIEST } from "./check.ts";
 import type { Difference } from "./difference.ts";
-import { checkEntries, checkRecentEntries, checkReservations } from "./ledger_check.ts";
-import { checkOverdue } from "./overdue_check.ts";
-import { findLastRuns, type Reconciliation, recordReconciliation } from "./run_repository.ts";
-import { checkDay, findDay } from "./total_check.ts";
-import { type Aggregation, findAggregation } from "./total_repository.ts";
+import { checkEntries, checkSuspects, checkUncounted, FIRST_UNCOUNTED } from "./ledger_check.ts";
+import { checkOverdue, findOpenFrom } from "./overdue_check.ts";
+import { checkReservations } from "./reservation_check.ts";
+import { findNextRun, type Reconciliation, recordReconciliation } from "./run_repository.ts";
+import { checkDay, findDays } from "./total_check.ts";
 
-/**
- * The next run checks changes from this time before the start of the last clean run, in milliseconds: a row has the time of its
- * statement and commits later, but no transaction that changes points takes a minute.
- */
-const MARGIN_MS = 600_000;
-/** The first moment that a DATETIME can hold. */
-const EARLIEST = new Date("1000-01-01T00:00:00Z");
 const FIRST = "";
 
 export interface ReconcileOptions {
-  /** Checks everything, not only what has changed since the last clean run. */
+  /** Checks everything, not only what differs from the sums of the counted entries. */
   isFull?: boolean;
   leaseMs: number;
   /** Stops after the current page; the run is not recorded then. */
@@ -39,10 +31,10 @@ export interface ReconcileOptions {
  */
 export async function reconcile(
   database: Database,
-  { isFull = false, leaseMs, signal, onDifference, onPage }: ReconcileOptions,
+  { isFull: asksForFull = false, leaseMs, signal, onDifference, onPage }: ReconcileOptions,
 ): Promise<Reconciliation> {
-  const { now: startedAt, cleanAt } = await findLastRuns(database);
-  const since = isFull || !cleanAt ? undefined : new Date(cleanAt.getTime() - MARGIN_MS);
+  const { now: startedAt, mustBeFull } = await findNextRun(database);
+  const isFull = asksForFull || mustBeFull;
   const known = new Set<string>();
   let differences = 0;
 
@@ -72,50 +64,33 @@ export async function reconcile(
     return sum;
   }
 
-  const users = await walk(FIRST, (after) => checkBalances(database, { after, since }));
-  const reservations = await walk(FIRST, (after) => checkReservations(database, { after, since }));
-  const entries = since
-    ? await walk({ aggregatedIn: 0, createdAt: since, id: FIRST }, (after) =>
-        checkRecentEntries(database, { after, since }),
-      )
-    : await walk(FIRST, (after) => checkEntries(database, { after }));
+  const users = await walk(FIRST, (after) => checkBalances(database, { after, isFull }));
+  const reservations = await walk(FIRST, (after) => checkReservations(database, { after, isFull, leaseMs }));
+  let entries = isFull
+    ? await walk(FIRST, (after) => checkEntries(database, { after }))
+    : await walk(FIRST_UNCOUNTED, (after) => checkUncounted(database, { after }));
+  // After the uncounted entries: one that is counted meanwhile, and does not fit, is here.
+  const suspects = await walk(FIRST, (after) => checkSuspects(database, { after }));
+  if (!isFull) entries += suspects;
   let days = 0;
-  for await (const { day, aggregation } of daysOf(database, since)) {
+  for await (const day of findDays(database, { isFull })) {
     if (signal?.aborted) break;
     days++;
-    await report(await checkDay(database, day, aggregation), 1);
+    await report(await checkDay(database, day), 1);
   }
-  await walk({ scanAt: EARLIEST, id: FIRST }, (after) => checkOverdue(database, { after, leaseMs }));
-  const found = { isFull: !since, startedAt, users, reservations, entries, days, differences };
+  const openFrom = isFull ? null : await findOpenFrom(database);
+  await walk({ scanAt: openFrom ?? EARLIEST, id: FIRST }, (after) =>
+    checkOverdue(database, { after, leaseMs }),
+  );
+  const found = { isFull, startedAt, users, reservations, entries, days, differences };
   if (!signal?.aborted) await recordReconciliation(database, found);
   return found;
 }
 
 /** The id of a difference, if more than one page may find it. */
 function idOf(difference: Difference): string | undefined {
-  if (difference.kind === "balance") return difference.user_id;
-  if (difference.kind === "reservation") return difference.reservation_id;
-  return difference.kind === "entry" ? difference.entries[0].transaction_id : undefined;
-}
-
-/** The days that have totals, or entries that totals count, in ascending order. */
-async function* daysOf(
-  database: Database,
-  since: Date | undefined,
-): AsyncGenerator<{ day: string; aggregation: Aggregation }> {
-  const aggregation = await findAggregation(database);
-  const { generation, timeZone } = aggregation;
-  if (timeZone === "") return;
-  let from = since ?? EARLIEST;
-  let nextDay = EARLIEST.toISOString().slice(0, 10);
-  for (;;) {
-    const found = await findDay(database, { generation, from, day: nextDay, since });
-    const candidates = [found.day, found.createdAt && dayOf(found.createdAt, timeZone)];
-    const [day] = candidates.filter((candidate) => candidate !== null).toSorted();
-    if (day === undefined) return;
-    yield { day, aggregation };
-    nextDay = plusDays(day, 1);
-    const { until } = boundsOf(day, timeZone);
-    if (until > from) from = until;
-  }
+  const { kind } = difference;
+  if (kind === "balance") return `${kind} ${difference.user_id}`;
+  if (kind === "entry") return `${kind} ${difference.entries[0].transaction_id}`;
+  return kind === "total" ? undefined : `${kind} ${difference.reservation_id}`;
 }

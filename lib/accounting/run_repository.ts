@@ -1,11 +1,11 @@
-import { v7 as uuidv7 } from "uuid";
 import type { Database } from "../database.ts";
+import { DatabaseError } from "../database_errors.ts";
 
 /** The result of one reconciliation. */
 export interface Reconciliation {
-  /** True: it checked everything; false: only what had changed since the last clean run. */
+  /** True: it checked everything; false: only what differed from the sums of the counted entries. */
   isFull: boolean;
-  /** When it started, by MySQL's clock. */
+  /** When it started, by MySQL's clock: for people. */
   startedAt: Date;
   users: number;
   reservations: number;
@@ -15,33 +15,43 @@ export interface Reconciliation {
 }
 
 /**
- * The time by MySQL's clock, and when the last clean run started. `cleanAt` is null before the first clean run, and after a full run
- * with differences until a full run is clean: the differences may be older than all rows that an incremental run checks.
+ * The time by MySQL's clock, and whether the next run must be a full one: before the first full run, and after a full run with
+ * differences until a full run is clean, since an incremental run may not see these differences.
  */
-export async function findLastRuns(database: Database): Promise<{ now: Date; cleanAt: Date | null }> {
+export async function findNextRun(database: Database): Promise<{ now: Date; mustBeFull: boolean }> {
   const [row] = await database.run(({ select }) =>
-    select<{ now: Date; cleanAt: Date | null }>(
-      `/* find_last_runs */ select now(3) now, if(
-         coalesce(max(if(is_full and differences > 0, started_at, null)), '1000-01-01')
-           > coalesce(max(if(is_full and differences = 0, started_at, null)), '1000-01-01'),
-         null, max(if(differences = 0, started_at, null))
-       ) cleanAt from point_reconciliations`,
+    select<{ now: Date; differences: number | null }>(
+      `/* find_next_run */ select now(3) now, (
+         select differences from point_reconciliations where is_full = 1 order by number desc limit 1
+       ) differences`,
     ),
   );
-  if (!row) throw new Error("A SELECT of aggregates gave no row");
-  return row;
+  if (!row) throw new Error("A SELECT without a table gave no row");
+  return { now: row.now, mustBeFull: row.differences === null || Number(row.differences) > 0 };
 }
 
-/** Records the result of a complete run. */
+/** How often a number is tried that another run may take at the same time. */
+const MAX_TRIES = 10;
+
+/** Records the result of a complete run, under the next number. */
 export async function recordReconciliation(database: Database, found: Reconciliation): Promise<void> {
   const { isFull, startedAt, users, reservations, entries, days, differences } = found;
-  await database.run(({ execute }) =>
-    execute(
-      `/* record_reconciliation */ insert into point_reconciliations
-         (id, started_at, is_full, users, reservations, entries, days, differences) values (?)`,
-      [[uuidv7(), startedAt, isFull, users, reservations, entries, days, differences]],
-    ),
-  );
+  for (let attempt = 1; ; attempt++) {
+    try {
+      await database.run(({ execute }) =>
+        execute(
+          `/* record_reconciliation */ insert into point_reconciliations
+             (number, started_at, is_full, users, reservations, entries, days, differences)
+           select coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ? from point_reconciliations`,
+          [startedAt, isFull, users, reservations, entries, days, differences],
+        ),
+      );
+      return;
+    } catch (error) {
+      const mayPass = error instanceof DatabaseError && error.kind === "duplicate";
+      if (!mayPass || attempt === MAX_TRIES) throw error;
+    }
+  }
 }
 
 /** The figures for a monitoring system: when the last runs finished, and how many differences the last reconciliation found. */
@@ -59,7 +69,7 @@ export async function findAccountingState(database: Database): Promise<Accountin
       `/* find_accounting_state */
        select r.differences, r.finished_at reconciledAt, a.aggregated_at aggregatedAt
        from point_aggregation_turns a left join (
-         select differences, finished_at from point_reconciliations order by finished_at desc, id desc limit 1
+         select differences, finished_at from point_reconciliations order by number desc limit 1
        ) r on true where a.id = 1`,
     ),
   );

@@ -1,13 +1,29 @@
 import { and, asc, between, eq, lt, sql } from "drizzle-orm";
 import type { Database, Transaction } from "../database.ts";
+import { DatabaseError } from "../database_errors.ts";
 import { DomainError } from "../errors.ts";
 import { pointAggregation, type TotalRow, pointDailyTotals as totals } from "../schema.ts";
 import { boundsOf, type Days, daysBetween } from "./day.ts";
+import { addToSums } from "./sum_repository.ts";
 
 /** The maximum number of rows that one statement deletes. */
 const DELETE_PAGE = 10_000;
 /** The longest time to reset a day, in milliseconds: one transaction marks millions of entries. */
 const RESET_MS = 600_000;
+/** The maximum number of lock waits of 1 s: resetting a day holds its lock for minutes. */
+const MAX_WAITS = 600;
+
+/** Runs work again while another transaction holds a lock that it needs. */
+export async function retryLocked<T>(work: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+  for (let waits = 1; ; waits++) {
+    try {
+      return await work();
+    } catch (error) {
+      const mayPass = error instanceof DatabaseError && error.isContended;
+      if (!mayPass || waits > MAX_WAITS || signal?.aborted) throw error;
+    }
+  }
+}
 
 /**
  * Locks the valid generation until the transaction ends. In share mode no other transaction can void totals meanwhile; with
@@ -43,19 +59,21 @@ export async function chooseTimeZone(database: Database, timeZone: string): Prom
 
 /** Voids all totals in one step: every entry will be counted again, by days of this time zone. */
 export async function startGeneration(database: Database, timeZone: string): Promise<void> {
-  await database.transaction(async (transaction) => {
-    await transaction.execute(
-      `/* start_generation */ update point_aggregation set generation = generation + 1, time_zone = ? where id = 1`,
-      [timeZone],
-    );
-    await markUnfinished(transaction);
-  });
+  await retryLocked(() =>
+    database.transaction(async (transaction) => {
+      await transaction.execute(
+        `/* start_generation */ update point_aggregation set generation = generation + 1, time_zone = ? where id = 1`,
+        [timeZone],
+      );
+      await markUnfinished(transaction);
+    }),
+  );
 }
 
 /** If the process that voided totals dies, a scheduler continues at once, not after the interval. */
 async function markUnfinished({ execute }: Transaction): Promise<void> {
   await execute(
-    `/* mark_unfinished */ update point_aggregation_turns set finished_at = null, aggregated_at = null where id = 1`,
+    `/* mark_unfinished */ update point_aggregation_turns set is_wanted = 1, aggregated_at = null where id = 1`,
   );
 }
 
@@ -67,31 +85,41 @@ async function markUnfinished({ execute }: Transaction): Promise<void> {
  */
 export async function resetDay(database: Database, day: string, timeZone: string): Promise<void> {
   const { from, until } = boundsOf(day, timeZone);
-  await database.transaction(
-    async (transaction) => {
-      const generation = await lockGeneration(transaction, { timeZone, mode: "for update" });
-      for (const table of ["point_daily_totals", "point_daily_users"]) {
-        await transaction.execute(
-          `/* reset_${table} */ delete from ${table} where generation = ? and day = ?`,
-          [generation, day],
-        );
-      }
+  async function reset(transaction: Transaction) {
+    const generation = await lockGeneration(transaction, { timeZone, mode: "for update" });
+    for (const table of ["point_daily_totals", "point_daily_users"]) {
       await transaction.execute(
-        // Without the index hint, MySQL would scan a small table, and wait for each entry that is not committed.
-        `/* mark_uncounted */ update point_transactions force index (point_transactions_aggregated)
-         set aggregated_in = 0 where aggregated_in = ? and created_at >= ? and created_at < ?`,
-        [generation, from, until],
+        `/* reset_${table} */ delete from ${table} where generation = ? and day = ?`,
+        [generation, day],
       );
-      await markUnfinished(transaction);
-    },
-    { workMs: RESET_MS },
-  );
+    }
+    // Without this index, MySQL would scan a small table, and wait for each entry that is not committed.
+    const index = "point_transactions_aggregated";
+    const where = "aggregated_in = ? and created_at >= ? and created_at < ?";
+    const values = [generation, from, until];
+    await addToSums(transaction, generation, { index, where, values, isSubtracted: true });
+    await transaction.execute(
+      `/* mark_uncounted */ update point_transactions force index (${index}) set aggregated_in = 0 where ${where}`,
+      values,
+    );
+    await markUnfinished(transaction);
+  }
+  await retryLocked(() => database.transaction(reset, { workMs: RESET_MS }));
 }
+
+/** The tables whose rows are of one generation. */
+const TABLES = [
+  "point_daily_users",
+  "point_daily_totals",
+  "point_user_totals",
+  "point_reservation_totals",
+  "point_checked_days",
+];
 
 /** Deletes the totals of older generations, one page at a time. */
 export async function deleteOldGenerations(database: Database): Promise<void> {
   const { generation } = await findAggregation(database);
-  for (const table of ["point_daily_users", "point_daily_totals"]) {
+  for (const table of TABLES) {
     let deleted: number;
     do {
       ({ affectedRows: deleted } = await database.run(({ execute }) =>

@@ -67,11 +67,11 @@ const Total = Type.Object({
   users: Type.Integer({ description: "distinct users; do not add them up over several rows" }),
   late_ms_mean: orNull(
     Type.Integer(),
-    "mean milliseconds from execute_at to the grant; null for `add` and `sub`",
+    "mean milliseconds from when it could be granted (execute_at, or later if it was made or changed later) to the grant; null for `add` and `sub`",
   ),
   late_ms_max: orNull(
     Type.Integer(),
-    "maximum milliseconds from execute_at to the grant; null for `add` and `sub`",
+    "maximum milliseconds from when it could be granted (execute_at, or later if it was made or changed later) to the grant; null for `add` and `sub`",
   ),
 });
 const DayBalance = Type.Object({

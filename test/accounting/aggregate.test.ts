@@ -2,6 +2,7 @@ import { afterEach, beforeEach, describe, expect, setDefaultTimeout, test } from
 import { createConnection, type Connection as DriverConnection } from "mysql2/promise";
 import { aggregate } from "../../lib/accounting/aggregate.ts";
 import { countEntries, countWaiting } from "../../lib/accounting/count_repository.ts";
+import { reconcile } from "../../lib/accounting/reconcile.ts";
 import { resetDay, startGeneration } from "../../lib/accounting/total_repository.ts";
 import { openDatabase } from "../../lib/database.ts";
 import { type Random, randomOf } from "../faults/random.ts";
@@ -44,15 +45,40 @@ async function addEntries(connection: DriverConnection, random: Random, count: n
     if (random.below(3) === 0) return { userId, createdAt, pointAmount: random.pick([-3, -1, 2, 5]) };
     const pointAmount = 1 + random.below(9);
     const [id, idempotencyKey] = [crypto.randomUUID(), crypto.randomUUID()];
-    const executeAt = new Date(createdAt.getTime() - random.below(90_000));
+    // Due, made and changed in any order; a clock may even have gone back.
+    const [executeAt, madeAt] = [before(), before()];
+    const changedAt = random.below(3) === 0 ? before() : null;
     const campaign = random.pick([null, "spring", "summer", "Summer"]);
-    reservations.push([id, userId, pointAmount, executeAt, idempotencyKey, campaign, "DONE"]);
+    const fields = [executeAt, madeAt, changedAt, campaign];
+    // Some do not fit their entry, or do not exist.
+    switch (random.below(30)) {
+      case 0:
+        break;
+      case 1:
+        reservations.push([id, userId, pointAmount, idempotencyKey, "CANCELLED", ...fields]);
+        break;
+      case 2:
+        reservations.push([id, userId, pointAmount + 1, idempotencyKey, "DONE", ...fields]);
+        break;
+      case 3:
+        reservations.push([id, "Another", pointAmount, idempotencyKey, "DONE", ...fields]);
+        break;
+      case 4:
+        reservations.push([id, userId, pointAmount, crypto.randomUUID(), "DONE", ...fields]);
+        break;
+      default:
+        reservations.push([id, userId, pointAmount, idempotencyKey, "DONE", ...fields]);
+    }
     return { userId, createdAt, pointAmount, reservation: { id, idempotencyKey } };
+
+    function before() {
+      return new Date(createdAt.getTime() + 1_000 - random.below(90_000));
+    }
   });
   if (reservations.length > 0) {
     await query(
-      `insert into point_reservations
-       (id, user_id, point_amount, execute_at, idempotency_key, campaign, status) values ?`,
+      `insert into point_reservations (id, user_id, point_amount, idempotency_key, status, execute_at, created_at,
+         changed_at, campaign) values ?`,
       [reservations],
     );
   }
@@ -156,9 +182,10 @@ describe("aggregate() gives what a plain GROUP BY over the whole ledger gives", 
       for (let step = 0; step < 60; step++) await random.pick(Object.values(steps))();
       for (const connection of late) await connection.query("commit");
       await runAndCheck();
-      const old =
-        "select 1 from point_daily_users where generation < (select generation from point_aggregation)";
-      expect(await db.query(`${old} limit 1`)).toEqual([]);
+      for (const table of ["point_daily_users", "point_user_totals", "point_reservation_totals"]) {
+        const old = `select 1 from ${table} where generation < (select generation from point_aggregation)`;
+        expect(await db.query(`${old} limit 1`)).toEqual([]);
+      }
     },
   );
 
@@ -204,6 +231,70 @@ describe("aggregate() gives what a plain GROUP BY over the whole ledger gives", 
     );
     expect(await aggregate(db.database, { timeZone: "UTC" })).toBe(3_000);
     await expectExactTotals(db, "UTC");
+  });
+});
+
+/** Reservations and their grants: when each was due, made, changed and granted. */
+async function insertGrants(rows: readonly (readonly [string, string, string | null, string])[]) {
+  const grants = rows.map(([executeAt, madeAt, changedAt, createdAt]) => {
+    const [id, idempotencyKey] = [crypto.randomUUID(), crypto.randomUUID()];
+    const entry = {
+      userId: "Late",
+      pointAmount: 1,
+      reservation: { id, idempotencyKey },
+      createdAt: new Date(createdAt),
+    };
+    const reservation = [id, "Late", 1, idempotencyKey, "DONE", new Date(executeAt), new Date(madeAt)];
+    return { entry, reservation: [...reservation, changedAt && new Date(changedAt)] };
+  });
+  await db.query(
+    `insert into point_reservations
+       (id, user_id, point_amount, idempotency_key, status, execute_at, created_at, changed_at) values ?`,
+    [grants.map(({ reservation }) => reservation)],
+  );
+  await insertEntries(
+    db,
+    grants.map(({ entry }) => entry),
+  );
+}
+
+describe("aggregate() adds up lateness exactly", () => {
+  const FIRST = "1000-01-01T00:00:00.000Z";
+  const LAST = "9999-12-31T23:59:59.998Z";
+  const LONGEST = BigInt(Date.parse(LAST) - Date.parse(FIRST));
+
+  async function lateness() {
+    await aggregate(db.database, { timeZone: "UTC" });
+    return db.query(
+      "select cast(late_ms_sum as char) sum, cast(late_ms_max as char) max from point_daily_totals order by day",
+    );
+  }
+
+  test("from when a reservation was due, made or last changed, whichever is the latest; never below 0 (fault 55)", async () => {
+    await insertGrants([
+      ["1970-01-01T00:00:00Z", "2026-01-01T00:00:00Z", null, "2026-01-01T00:00:00.032Z"],
+      ["2026-01-02T00:00:01Z", "2026-01-01T00:00:00Z", null, "2026-01-02T00:00:01.500Z"],
+      ["1970-01-01T00:00:00Z", "2026-01-01T00:00:00Z", "2026-01-03T00:00:00Z", "2026-01-03T00:00:00.007Z"],
+      // The clock went back.
+      ["1970-01-01T00:00:00Z", "2026-01-05T00:00:00Z", null, "2026-01-04T00:00:00Z"],
+    ]);
+    expect(await lateness()).toEqual(["32", "500", "7", "0"].map((ms) => ({ sum: ms, max: ms })));
+    await expectExactTotals(db, "UTC");
+  });
+
+  test("beyond the digits of a number and the range of a BIGINT, whatever the clocks say (fault 55)", async () => {
+    const count = 100;
+    await insertGrants(Array.from({ length: count }, () => [FIRST, FIRST, null, LAST] as const));
+    expect(await lateness()).toEqual([{ sum: String(LONGEST * BigInt(count)), max: String(LONGEST) }]);
+    expect(LONGEST * BigInt(count)).toBeGreaterThan(BigInt(Number.MAX_SAFE_INTEGER));
+    await expectExactTotals(db, "UTC");
+    await db.query("insert into point_root (user_id, point_num) values ('Late', ?)", [count]);
+    expect(await reconcile(db.database, { leaseMs: 15_000 })).toMatchObject({ days: 1, differences: 0 });
+    // As much as 32,476 of them and more.
+    const before = 2n ** 63n + 1n;
+    await db.query("update point_daily_totals set late_ms_sum = ?", [String(before)]);
+    await insertGrants([[FIRST, FIRST, null, LAST]]);
+    expect(await lateness()).toEqual([{ sum: String(before + LONGEST), max: String(LONGEST) }]);
   });
 });
 

@@ -22,7 +22,7 @@ export function change({ database }: TestDatabase, userId: string, points: numbe
   return changePoints(database, [newPointChange(input, { kind: points > 0 ? "add" : "sub" })]);
 }
 
-/** Some of everything, counted, all of it right, and so old that only a full run looks at it again. */
+/** Some of everything, counted, and all of it right. */
 export async function fill(db: TestDatabase): Promise<void> {
   for (const userId of ["Ann", "Bob", "Cat", "Ann"]) await grant(db, { userId, campaign: "spring" });
   await change(db, "Ann", 50);
@@ -30,12 +30,10 @@ export async function fill(db: TestDatabase): Promise<void> {
   for (const status of ["PENDING", "FAILED", "CANCELLED"] as const) await insertReservation(db, { status });
   await db.query("update point_transactions set created_at = '2026-01-01 12:00:00'");
   await db.query(
-    `update point_reservations set created_at = '2026-01-01', updated_at = '2026-01-01',
+    `update point_reservations set created_at = '2026-01-01',
        execute_at = if(status = 'DONE', '2026-01-01 11:59:59', execute_at)`,
   );
-  await db.query("update point_root set updated_at = '2026-01-01'");
   await aggregate(db.database, { timeZone: "UTC" });
-  await db.query("update point_daily_totals set updated_at = '2026-01-01'");
 }
 
 /** Totals of three days of Tokyo, to the millisecond at the ends of the first one. */
@@ -52,6 +50,7 @@ export async function fillTotals(db: TestDatabase): Promise<void> {
     const reservation = await insertReservation(db, { ...fields, executeAt, status: "DONE" });
     await insertEntries(db, [{ ...fields, reservation, createdAt }]);
   }
+  await db.query("update point_reservations set created_at = execute_at");
   await insertEntries(db, [
     { userId: "Ann", pointAmount: -40, createdAt: new Date("2026-03-02T02:00:00Z") },
     { userId: "Cat", pointAmount: 7, createdAt: new Date("2026-03-04T02:00:00Z") },

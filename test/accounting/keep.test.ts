@@ -1,21 +1,33 @@
 import { beforeEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { pino } from "pino";
 import { type AccountingOptions, keepAccounts } from "../../lib/accounting/keep.ts";
+import { findAccountingState } from "../../lib/accounting/run_repository.ts";
 import { resetDay, startGeneration } from "../../lib/accounting/total_repository.ts";
-import { endTurn, keepTurn, takeTurn } from "../../lib/accounting/turn_repository.ts";
+import { openTurns, type Turn, type Turns } from "../../lib/accounting/turn_repository.ts";
 import { emptyTables, openTestDatabase } from "../harness/database.ts";
 import { insertReservation } from "../harness/fixtures.ts";
 import { until } from "../harness/harness.ts";
 import { openPipeline, untilDone } from "../harness/pipeline.ts";
 import type { RunningService } from "../harness/processes.ts";
-import { change } from "./filled.ts";
+import { change, fill } from "./filled.ts";
 
 // The accounting of a scheduler, beside its scans.
 
 setDefaultTimeout(60_000);
 
 const db = await openTestDatabase();
-beforeEach(() => emptyTables(db));
+/** The schedulers' own clock. */
+let nowMs = 0;
+let turns: Turns;
+beforeEach(async () => {
+  await emptyTables(db);
+  turns = openScheduler();
+});
+
+/** The turns as a scheduler sees them that has just started. */
+function openScheduler(): Turns {
+  return openTurns(db.database, { intervalMs: CONFIG.AGGREGATE_INTERVAL_MS, now: () => nowMs });
+}
 
 const CONFIG = { AGGREGATE_INTERVAL_MS: 3_600_000, AGGREGATE_TIME_ZONE: "UTC", LEASE_MS: 15_000 };
 
@@ -23,23 +35,31 @@ async function keep(options: Partial<AccountingOptions> = {}) {
   const log: Record<string, unknown>[] = [];
   const logger = pino({}, { write: (line: string) => log.push(JSON.parse(line)) });
   const { signal } = new AbortController();
-  expect(await keepAccounts({ database: db.database, logger, config: CONFIG, signal, ...options })).toBe(
-    10_000,
-  );
+  const { database } = db;
+  expect(await keepAccounts({ database, turns, logger, config: CONFIG, signal, ...options })).toBe(10_000);
   return log;
 }
 
 describe("keepAccounts()", () => {
   test("counts and compares if it is time, in one of many, and then not before the interval is over", async () => {
     await change(db, "Ann", 5);
-    const logs = await Promise.all(Array.from({ length: 5 }, () => keep()));
+    const schedulers = Array.from({ length: 5 }, openScheduler);
+    // All of them have looked when the turn is given back.
+    const turn = await turns.take();
+    for (const one of schedulers) expect(await one.take()).toBeUndefined();
+    await turn?.end({ isFinished: false });
+    const logs = await Promise.all(schedulers.map((one) => keep({ turns: one })));
     expect(logs.flat()).toMatchObject([
       { level: 30, counted: 1, users: 1, entries: 1, days: 1, differences: 0 },
     ]);
     await change(db, "Ann", 5);
-    expect(await keep()).toEqual([]);
-    await db.query("update point_aggregation_turns set finished_at = now(3) - interval 1 hour");
-    expect(await keep()).toMatchObject([{ counted: 1, differences: 0 }]);
+    const [first = turns] = schedulers;
+    // It sees that a run has finished, and measures from here.
+    expect(await keep({ turns: first })).toEqual([]);
+    nowMs += CONFIG.AGGREGATE_INTERVAL_MS - 1;
+    expect(await keep({ turns: first })).toEqual([]);
+    nowMs += 1;
+    expect(await keep({ turns: first })).toMatchObject([{ counted: 1, differences: 0 }]);
   });
 
   test("logs each difference as an error, a hundred at most, and how many there are", async () => {
@@ -61,45 +81,102 @@ describe("keepAccounts()", () => {
   });
 });
 
-describe("takeTurn()", () => {
-  const take = (intervalMs = 3_600_000) => takeTurn(db.database, { intervalMs });
-  const end = (turn = "", isFinished = true) => endTurn(db.database, turn, { isFinished });
+/** What is wrong, whenever it was changed, and the kinds of differences. */
+const WRONG = `update point_root set point_num = point_num + 1000, updated_at = '2026-01-01' where user_id = 'Ann';
+  insert into point_reservations (id, user_id, point_amount, execute_at, idempotency_key, status, created_at, updated_at)
+    values (uuid(), 'Bob', 5, '2026-01-01', uuid(), 'DONE', '2026-01-01', '2026-01-01');
+  insert into point_transactions (id, idempotency_key, user_id, point_amount, kind, reservation_id, created_at)
+    values (uuid(), uuid(), 'Cat', 100, 'grant', uuid(), '2026-01-01');
+  update point_daily_totals set points = points - 1 where kind = 'sub'`;
+const TIMES: Record<string, string[]> = {
+  point_root: ["created_at", "updated_at"],
+  point_reservations: ["updated_at"],
+  point_reconciliations: ["started_at", "finished_at"],
+  point_aggregation_turns: ["finished_at", "aggregated_at"],
+};
 
-  test("gives it to one of many, until it is finished and the interval is over", async () => {
-    const turns = await Promise.all(Array.from({ length: 8 }, () => take()));
-    const [turn = "", ...others] = turns.filter((one) => one !== undefined);
-    expect([turn.length, others]).toEqual([36, []]);
-    await keepTurn(db.database, turn);
-    expect(await take()).toBeUndefined();
-    // Nobody ends another one's.
-    await end(crypto.randomUUID());
-    expect(await take(0)).toBeUndefined();
+test.each(["ahead", "behind"])(
+  "keepAccounts() is due in time, and finds what is wrong, after MySQL's clock was a day %s for a while (fault 40)",
+  async (where) => {
+    await fill(db);
+    expect(await keep()).toMatchObject([{ differences: 0 }]);
+    expect(await keep()).toEqual([]);
+    const sign = where === "ahead" ? "+" : "-";
+    for (const [table, columns] of Object.entries(TIMES)) {
+      const moved = columns.map((column) => `${column} = ${column} ${sign} interval 1 day`);
+      await db.query(`update ${table} set ${moved.join(", ")}`);
+    }
+    for (const sql of WRONG.split(";")) await db.query(sql);
+    nowMs += CONFIG.AGGREGATE_INTERVAL_MS - 1;
+    expect(await keep()).toEqual([]);
+    nowMs += 1;
+    const log = await keep();
+    expect(log.flatMap(({ difference }) => difference ?? [])).toEqual(
+      [
+        "balance mismatch: Ann has 1230, but the ledger has 230",
+        "balance mismatch: Cat has 100, but the ledger has 200",
+        "reservation mismatch: ",
+        "orphan entry: there is no reservation ",
+        "total mismatch: 2026-01-01, sub, no campaign: the total has 1 entry, -21 points",
+      ].map((start) => expect.stringMatching(new RegExp(`^${start}`))),
+    );
+    const [run] = await db.query("select is_full from point_reconciliations order by number desc limit 1");
+    expect(run).toEqual({ is_full: 0 });
+    expect(await findAccountingState(db.database)).toMatchObject({ differences: 5 });
+  },
+);
+
+describe("openTurns()", () => {
+  const end = (turn: Turn | undefined, isFinished = true) => turn?.end({ isFinished });
+
+  test("gives the turn to one of many, until it is finished and the interval is over", async () => {
+    const schedulers = Array.from({ length: 8 }, openScheduler);
+    const taken = await Promise.all(schedulers.map((one) => one.take()));
+    const [turn, ...others] = taken.filter((one) => one !== undefined);
+    expect([turn !== undefined, others]).toEqual([true, []]);
+    nowMs += 2 * CONFIG.AGGREGATE_INTERVAL_MS;
+    await turn?.keep();
+    for (const one of schedulers) expect(await one.take()).toBeUndefined();
     await end(turn);
-    expect(await take()).toBeUndefined();
-    await until("the interval is over", () => take(1));
+    for (const one of schedulers) expect(await one.take()).toBeUndefined();
+    nowMs += CONFIG.AGGREGATE_INTERVAL_MS - 1;
+    for (const one of schedulers) expect(await one.take()).toBeUndefined();
+    nowMs += 1;
+    const next = await Promise.all(schedulers.map((one) => one.take()));
+    expect(next.filter((one) => one !== undefined)).toHaveLength(1);
   });
 
-  test("gives it at once if it was given back unfinished, or if totals were voided since", async () => {
-    await end(await take(), false);
-    await end(await take());
-    expect(await take()).toBeUndefined();
+  test("gives it at once to a scheduler that starts, if it was given back unfinished, or if totals were voided since", async () => {
+    await end(await turns.take(), false);
+    await end(await turns.take());
+    expect(await turns.take()).toBeUndefined();
+    await end(await openScheduler().take());
+    expect(await turns.take()).toBeUndefined();
     await startGeneration(db.database, "UTC");
-    await end(await take());
+    const turn = await turns.take();
+    // Also if it is voided while the turn is held: what was counted before must be counted again.
     await resetDay(db.database, "2026-01-01", "UTC");
-    expect(await take()).toBeDefined();
+    await end(turn);
+    expect(await turns.take()).toBeDefined();
   });
 
   test("gives it to another one if nothing was heard of the holder for a minute, who then has no say", async () => {
-    const lapsed = (await take()) ?? "";
-    const [left] = await db.query<{ seconds: number }>(
-      "select timestampdiff(second, now(3), held_until) seconds from point_aggregation_turns",
-    );
-    expect(left?.seconds).toBeWithin(30, 61);
-    await db.query("update point_aggregation_turns set held_until = now(3)");
-    expect(await take()).toBeDefined();
-    await keepTurn(db.database, lapsed);
+    const lapsed = await turns.take();
+    const other = openScheduler();
+    expect(await other.take()).toBeUndefined();
+    nowMs += 59_999;
+    expect(await other.take()).toBeUndefined();
+    await lapsed?.keep();
+    nowMs += 1;
+    expect(await other.take()).toBeUndefined();
+    nowMs += 60_000;
+    const turn = await other.take();
+    expect(turn).toBeDefined();
+    await lapsed?.keep();
     await end(lapsed, false);
-    expect(await take()).toBeUndefined();
+    expect(await openScheduler().take()).toBeUndefined();
+    await end(turn);
+    expect(await turns.take()).toBeUndefined();
   });
 });
 
@@ -145,7 +222,7 @@ describe("scheduler.ts", () => {
         // Seconds since 1970, and not milliseconds.
         expect(seconds).toBeWithin(Date.UTC(2020) / 1_000, Date.UTC(2200) / 1_000);
       }
-      expect((await fetch(`${scheduler.url}/ready`)).status).toBe(200);
+      await until("it is ready", async () => (await fetch(`${scheduler.url}/ready`)).status === 200);
     }
     expect(String(log().find(({ difference }) => difference)?.difference)).toStartWith(
       "balance mismatch: User1 has 201, but the ledger has 200 in 2 entries",

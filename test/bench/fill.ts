@@ -13,17 +13,18 @@ export interface Rows {
   campaign?: string;
 }
 
-const ID_PREFIXES = { finished: "01a10990", warm: "01a20990", due: "01a30990", future: "01a40990" };
+const ID_PREFIXES = { finished: "01a1", warm: "01a2", due: "01a3", future: "01a4" };
 /** Rows of one INSERT … SELECT: what MySQL does within a second or two. */
 const ROWS = 10_000;
 /** How long adding up or analyzing the tables may take, in milliseconds. */
 const WORK_MS = 600_000;
 
-/** Fills in reservations, and the ledger and the balances of those that are DONE. Ids are in the order of the numbers. */
+/** Fills in reservations, and the ledger and the balances of those that are DONE. Ids are UUIDs v7, one for each millisecond. */
 export async function fillRows({ query, database }: TestDatabase, rows: Rows): Promise<void> {
   const { count, prefix, userId, offset, status, campaign = "null" } = rows;
-  const idPrefix = `${ID_PREFIXES[prefix]}-0000-7000-8000-`;
-  const idOf = (n: number) => `${idPrefix}${n.toString(16).padStart(12, "0")}`;
+  const idPrefix = ID_PREFIXES[prefix];
+  const idOf = (n: number) =>
+    `${idPrefix}${n.toString(16).padStart(8, "0").replace(/^..../, "$&-")}-7000-8000-000000000000`;
   const isDone = status.includes("DONE");
   const now = new Date();
   for (let from = 0; from < count; from += ROWS) {
@@ -37,7 +38,7 @@ export async function fillRows({ query, database }: TestDatabase, rows: Rows): P
        ),
        known as (select n, ${status} status from numbers where n < ?),
        timed as (select n, status, cast(? as datetime(3)) + interval ${offset} microsecond execute_at from known)
-       select concat('${idPrefix}', lpad(lower(hex(n)), 12, '0')), ${userId}, 1 + mod(n, 100), execute_at, status,
+       select concat('${idPrefix}', insert(lpad(lower(hex(n)), 8, '0'), 5, 0, '-'), '-7000-8000-000000000000'), ${userId}, 1 + mod(n, 100), execute_at, status,
          concat('${prefix}-', n), if(status in ('PENDING', 'PROCESSING'), execute_at, null),
          if(status = 'DONE', execute_at, now(3)), ${campaign}
        from timed`,
