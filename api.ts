@@ -7,7 +7,7 @@ import { totalRoutes } from "./lib/accounting/total_routes.ts";
 import type { Database } from "./lib/database.ts";
 import { answerError } from "./lib/http/error_answer.ts";
 import { noRoute } from "./lib/http/request.ts";
-import { aborted, withDeadline } from "./lib/loop.ts";
+import { aborted, sleep, withDeadline } from "./lib/loop.ts";
 import { pointRoutes } from "./lib/points/point_routes.ts";
 import { userRoutes } from "./lib/points/user_routes.ts";
 import { campaignRoutes } from "./lib/reservations/campaign_routes.ts";
@@ -16,8 +16,10 @@ import { reservationChangeRoutes } from "./lib/reservations/reservation_change_r
 import { reservationRoutes } from "./lib/reservations/reservation_routes.ts";
 import { reserveRoutes } from "./lib/reservations/reserve_routes.ts";
 import { reservedPointsRoutes } from "./lib/reservations/reserved_points_routes.ts";
+import { API_TRIAL } from "./lib/reservations/trial_queries.ts";
 import { serveOnceChecked } from "./lib/service/health.ts";
 import { healthRoutes } from "./lib/service/health_routes.ts";
+import type { Readiness } from "./lib/service/readiness.ts";
 import { runService } from "./lib/service/run_service.ts";
 import { version } from "./package.json" with { type: "json" };
 
@@ -35,12 +37,13 @@ const STOP_MS = 5_000;
 export interface AppOptions {
   database: Database;
   logger: Logger;
+  readiness: Readiness;
   /** Called with the time at which a committed reservation is due, so that the schedulers do not sleep past it. */
   hint?: (executeAt: Date) => void;
 }
 
 /** The HTTP interface; `app.handle(request)` answers without a port. */
-export function createApp({ database, logger, hint = () => {} }: AppOptions) {
+export function createApp({ database, logger, readiness, hint = () => {} }: AppOptions) {
   const routes: { method: string; path: string }[] = [];
   // Without this setting, Elysia takes a host of three characters for a part of the path.
   const app = new Elysia({ handler: { standardHostname: false } })
@@ -50,7 +53,7 @@ export function createApp({ database, logger, hint = () => {} }: AppOptions) {
       answerError(error instanceof NotFoundError ? noRoute(request, routes) : error, logger),
     )
     .use(openapi({ documentation: { info: { title: "pointservice", version, description: ABOUT } } }))
-    .use(healthRoutes({ database }))
+    .use(healthRoutes({ readiness }))
     .use(reserveRoutes({ database, hint }))
     .use(reservationRoutes({ database }))
     .use(reservationChangeRoutes({ database, hint }))
@@ -70,20 +73,24 @@ if (import.meta.main) {
   await runService({
     name: "api",
     port: "PORT",
-    settings: [],
+    settings: ["DRAIN_MS"],
+    trial: API_TRIAL,
     database: DATABASE,
     serve(service) {
       // The API uses RabbitMQ only for hints. Without it, the schedulers find every reservation at their next scan.
       const queue = service.openQueue({
         connected: "connected to RabbitMQ",
         disconnected: "cannot wake schedulers",
+        onlyHints: true,
       });
       const app = createApp({ ...service, hint: hintThrough(queue) });
       return serveOnceChecked(service, (request) => app.fetch(request));
     },
-    async main({ logger, server, signal }) {
+    async main({ config, logger, server, signal }) {
       logger.info({ url: server.url.href }, "listening");
       await aborted(signal);
+      // Load balancers see that /ready is 503, and send later requests elsewhere. Until then, requests are served.
+      await sleep(config.DRAIN_MS);
       await withDeadline(server.stop(), STOP_MS, () => new Error("late")).catch(() => server.stop(true));
     },
   });

@@ -69,6 +69,11 @@ export const Settings = Type.Object({
     default: "UTC",
     description: "time zone of the days of the totals",
   }),
+  // While a load balancer or Kubernetes takes a process out of service, requests still come for some seconds.
+  DRAIN_MS: whole("how long the API goes on serving requests after SIGTERM, while /ready is 503", {
+    range: [0, 300_000],
+    preset: 0,
+  }),
   ALLOW_LOSSY_DATABASE: Type.Boolean({ default: false, description: "run on a MySQL that may lose commits" }),
   LOG_LEVEL: Type.Union(
     ["trace", "debug", "info", "warn", "error", "fatal"].map((level) => Type.Literal(level)),

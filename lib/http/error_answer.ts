@@ -3,6 +3,7 @@ import { v7 as uuidv7 } from "uuid";
 import { OverloadError } from "../coalesce.ts";
 import { DatabaseError } from "../database_errors.ts";
 import { DomainError, type DomainErrorCode, describeError, explain } from "../errors.ts";
+import { perSecond } from "../log.ts";
 import { HttpError, problem } from "./problem.ts";
 
 /** A code that is missing here does not concern clients: 500. */
@@ -12,6 +13,9 @@ const STATUS: Partial<Record<DomainErrorCode, number>> = {
   CONFLICT: 409,
   IDEMPOTENCY_CONFLICT: 422,
 };
+
+/** How many unexpected errors of one kind the log has within a second, each with its request id; more are counted. */
+const MAX_UNEXPECTED = 10;
 
 /** The answer to anything that a route throws. Only errors of the domain show their text. */
 export function answerError(error: unknown, logger: Logger): Response {
@@ -27,8 +31,9 @@ export function answerError(error: unknown, logger: Logger): Response {
   const isBusy =
     error instanceof OverloadError ||
     (error instanceof DatabaseError && (error.isOutage || error.isContended));
-  logger[isBusy ? "warn" : "error"]({ requestId, error: describeError(error) }, "request failed");
+  const fields = { requestId, error: describeError(error) };
   if (isBusy) {
+    perSecond(logger).warn(fields, "request failed");
     return problem(
       503,
       "The service cannot answer now; send the same request with the same idempotency key again",
@@ -39,6 +44,7 @@ export function answerError(error: unknown, logger: Logger): Response {
       },
     );
   }
+  perSecond(logger).error(fields, "request failed", MAX_UNEXPECTED);
   return problem(500, "Unexpected error; the log has the details under this request id", {
     errors: ["internal error"],
     headers: { "x-request-id": requestId },

@@ -1,5 +1,6 @@
 import type { Logger } from "pino";
 import { DomainError, describeError } from "../errors.ts";
+import { perSecond } from "../log.ts";
 import { problem } from "./problem.ts";
 
 /** Answers one request. */
@@ -33,7 +34,7 @@ export function listen({ hostname, port, fetch, logger }: ListenOptions): Server
       // Bun's error page would show source code.
       development: false,
       error(error) {
-        logger.error({ error: describeError(error) }, "request failed");
+        perSecond(logger).error({ error: describeError(error) }, "request failed");
         return problem(500, "Unexpected error", { errors: ["internal error"] });
       },
       fetch(request) {

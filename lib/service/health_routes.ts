@@ -1,23 +1,14 @@
 import { Elysia } from "elysia";
-import type { Database } from "../database.ts";
 import { answer, describe, Messages, refusal } from "../http/describe.ts";
-import { isReadyInTime, notReady } from "./health.ts";
-import { pingDatabase } from "./wait_for_database.ts";
+import { answerOk, answerReady } from "./health.ts";
+import type { Readiness } from "./readiness.ts";
 
 /** `GET /`, `GET /health` and `GET /ready`. */
-export function healthRoutes({ database }: { database: Database }) {
+export function healthRoutes({ readiness }: { readiness: Readiness }) {
   return new Elysia()
-    .get("/", ok, HEALTH)
-    .get("/health", ok, HEALTH)
-    .get(
-      "/ready",
-      async () => ((await isReadyInTime(() => pingDatabase(database).then(() => true))) ? ok() : notReady()),
-      READY,
-    );
-}
-
-function ok(): Response {
-  return Response.json({ messages: ["ok"] });
+    .get("/", answerOk, HEALTH)
+    .get("/health", answerOk, HEALTH)
+    .get("/ready", () => answerReady(readiness), READY);
 }
 
 const HEALTH = describe({
@@ -29,7 +20,13 @@ const HEALTH = describe({
 
 const READY = describe({
   summary: "Check that the process can serve requests",
-  description: "Waits at most 2 seconds for an answer from MySQL.",
-  answers: { 200: answer(Messages, "MySQL answers", { ready: { answer: { messages: ["ok"] } } }) },
-  refusals: { 503: refusal("MySQL does not answer") },
+  description:
+    "Every second, the process tries whether MySQL takes the writes that requests need, and a commit. It is ready if that has succeeded within the last 4 seconds, and if it is not stopping.",
+  answers: { 200: answer(Messages, "The process is ready", { ready: { answer: { messages: ["ok"] } } }) },
+  refusals: {
+    503: {
+      ...refusal("It is not ready; `detail` has the reason, and since when"),
+      headers: { "Retry-After": "seconds to wait" },
+    },
+  },
 });

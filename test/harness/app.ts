@@ -1,5 +1,6 @@
 import { pino } from "pino";
 import { createApp } from "../../api.ts";
+import type { Readiness } from "../../lib/service/readiness.ts";
 import type { TestDatabase } from "./database.ts";
 
 export interface SendOptions {
@@ -17,11 +18,14 @@ export interface Answer {
 }
 
 /** The HTTP interface in this process, without a port; what it logs, and of which times it tells the schedulers. */
-export function openApp({ database }: Pick<TestDatabase, "database">) {
+export function openApp({
+  database,
+  readiness = { unready: undefined },
+}: Pick<TestDatabase, "database"> & { readiness?: Readiness }) {
   const log: Record<string, unknown>[] = [];
   const hints: Date[] = [];
   const logger = pino({}, { write: (line: string) => log.push(JSON.parse(line)) });
-  const app = createApp({ database, logger, hint: (time) => hints.push(time) });
+  const app = createApp({ database, logger, readiness, hint: (time) => hints.push(time) });
   async function send(
     method: string,
     path: string,

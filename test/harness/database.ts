@@ -91,6 +91,10 @@ const TABLES = [
   "point_root",
   "point_daily_totals",
   "point_daily_users",
+  "point_user_totals",
+  "point_reservation_totals",
+  "point_suspects",
+  "point_checked_days",
   "point_reconciliations",
   "point_repairs",
   "point_aggregation_turns",
@@ -101,6 +105,7 @@ export async function emptyTables({ query }: TestDatabase): Promise<void> {
   for (const table of TABLES) await query(`delete from ${table}`);
   await query("insert into point_aggregation_turns (id) values (1)");
   await query("update point_aggregation set generation = 1, time_zone = ''");
+  await query("update point_scan_state set clock_at = null, open_from = null");
 }
 
 /**

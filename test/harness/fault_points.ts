@@ -7,6 +7,9 @@ import { type Moment, startProxy, type TcpProxy } from "./proxy.ts";
 
 const PATIENCE_MS = 20_000;
 
+/** The statements of every connection, whatever it does. */
+export const SESSION = ["set_session", "check_server"];
+
 /** The name of a command: that in a statement's comment, else its first word, e.g. `begin`; or its name in AMQP. */
 export function nameOf(text: string): string {
   return /^\/\* (\w+) \*\//.exec(text)?.[1] ?? /^[\w.]+/.exec(text)?.[0] ?? "";
@@ -56,8 +59,7 @@ export async function statementsOf(proxy: TcpProxy, work: () => Promise<unknown>
   const names: string[] = [];
   watch(proxy, (text) => names.push(nameOf(text)));
   await work();
-  // The others are no statements, or set a new connection up.
-  return names.filter((name) => name !== "" && name !== "set").join(" ");
+  return names.filter((name) => name !== "" && !SESSION.includes(name) && !name.startsWith("try_")).join(" ");
 }
 
 /** Proxies to both servers, and the settings that lead a process through them. */

@@ -18,6 +18,16 @@ export function listenerOf(url: string): number | undefined {
   return pid === undefined ? undefined : Number(pid);
 }
 
+/** The environment of a process: `NAME=value` each; empty if it cannot be seen. */
+export function environmentOf(pid: number | undefined): string[] {
+  return ifSeen(() => readFileSync(`/proc/${pid}/environ`, "utf8").split("\0")) ?? [];
+}
+
+/** The root folder of a process, which may not be that of the machine; undefined if it cannot be seen. */
+export function rootOf(pid: number | undefined): string | undefined {
+  return ifSeen(() => readlinkSync(`/proc/${pid}/root`));
+}
+
 /** Undefined for what has gone, or is another user's. */
 function ifSeen<T>(read: () => T): T | undefined {
   try {

@@ -1,10 +1,10 @@
-import type { Database, Transaction } from "../../lib/database.ts";
+import type { Connection, Database, Transaction } from "../../lib/database.ts";
 import { type TestDatabase, untilRunning } from "./database.ts";
 import { nameOf } from "./fault_points.ts";
 
 /**
- * A database whose work stops after a statement of that name, or before its `commit`, and holds its locks until it is told
- * to commit. What else would commit each statement by itself, commits them together here.
+ * A database whose transactions stop after a statement of that name, or before their `commit`, and hold their locks until they
+ * are told to commit.
  */
 function openHeld({ database }: TestDatabase, name: string) {
   const { promise: gate, resolve: commit } = Promise.withResolvers<void>();
@@ -22,7 +22,42 @@ function openHeld({ database }: TestDatabase, name: string) {
         pauseAfter(nameOf(sql), transaction.execute(sql, values));
       return pauseAfter("commit", work({ ...transaction, execute }));
     }, options);
-  return { database: { ...database, run: transaction, transaction }, reached, commit };
+  return { database: { ...database, transaction }, reached, commit };
+}
+
+/** A database that tells when it sends a statement of that name. */
+export function openWatched(
+  { run, transaction, close }: Database,
+  name: string,
+): { database: Database; sent: Promise<void> } {
+  const { promise: sent, resolve } = Promise.withResolvers<void>();
+  function see(sent: string) {
+    if (sent === name) resolve();
+  }
+  function watch<C extends Connection>(connection: C): C {
+    const { drizzle, execute, select } = connection;
+    return {
+      ...connection,
+      drizzle(name: string) {
+        see(name);
+        return drizzle(name);
+      },
+      execute(sql: string, values?: unknown[]) {
+        see(nameOf(sql));
+        return execute(sql, values);
+      },
+      select<Row extends object>(sql: string, values?: unknown[]) {
+        see(nameOf(sql));
+        return select<Row>(sql, values);
+      },
+    };
+  }
+  const database: Database = {
+    run: (work, options) => run((connection) => work(watch(connection)), options),
+    transaction: (work, options) => transaction((opened) => work(watch(opened)), options),
+    close,
+  };
+  return { database, sent };
 }
 
 export interface Order<A, B> {
@@ -30,22 +65,27 @@ export interface Order<A, B> {
   /** The name of the first one's statement after which it stops; `commit` if it stops before that. */
   heldAt: string;
   second: (database: Database) => Promise<B>;
-  /** The name of the second one's statement that waits for the first one's locks; without it, the second one ends first. */
+  /** The name of the second one's statement that waits for the first one's locks. */
   waitsAt?: string | undefined;
+  /** The name of a statement that the second one sends if it finds something locked; without both, it ends first. */
+  findsBusyBy?: string | undefined;
 }
 
 /** Runs two pieces of work at the same time, in a forced order. */
 export async function inOrder<A, B>(
   db: TestDatabase,
-  { first, heldAt, second, waitsAt }: Order<A, B>,
+  { first, heldAt, second, waitsAt, findsBusyBy }: Order<A, B>,
 ): Promise<[A, B]> {
   const held = openHeld(db, heldAt);
   const ofFirst = first(held.database);
   await orItsEnd(held.reached, ofFirst, `The first one ended without ${heldAt}`);
-  const ofSecond = second(db.database);
+  const watched = openWatched(db.database, findsBusyBy ?? "");
+  const ofSecond = second(watched.database);
   try {
-    if (waitsAt === undefined) await ofSecond;
-    else await orItsEnd(untilRunning(db, waitsAt), ofSecond, `The second one did not wait at ${waitsAt}`);
+    if (waitsAt)
+      await orItsEnd(untilRunning(db, waitsAt), ofSecond, `The second one did not wait at ${waitsAt}`);
+    else if (findsBusyBy) await orItsEnd(watched.sent, ofSecond, "The second one found nothing locked");
+    else await ofSecond;
   } finally {
     held.commit();
   }

@@ -3,7 +3,8 @@ import { AMQP_URL, until } from "./harness.ts";
 
 const ROOT = join(import.meta.dir, "..", "..");
 
-export type Entry = "api" | "scheduler" | "worker";
+export const ENTRIES = ["api", "scheduler", "worker"] as const;
+export type Entry = (typeof ENTRIES)[number];
 
 export interface RunningService {
   pid: number;
@@ -19,13 +20,15 @@ export interface RunningService {
 export interface StartOptions {
   waitForPort?: boolean;
   bunArgs?: readonly string[];
+  /** An open file that gets its log; then `log()` has only what it says on stderr. */
+  stdout?: number;
 }
 
 /** Starts a real process of an entry file, on a free port, with these settings; waits until its port answers unless told otherwise. */
 export async function startService(
   entry: Entry,
   env: Record<string, string>,
-  { waitForPort = true, bunArgs = [] }: StartOptions = {},
+  { waitForPort = true, bunArgs = [], stdout }: StartOptions = {},
 ): Promise<RunningService> {
   const child = Bun.spawn([process.execPath, ...bunArgs, `${entry}.ts`], {
     cwd: ROOT,
@@ -39,7 +42,7 @@ export async function startService(
       SCAN_INTERVAL_MS: "100",
       ...env,
     },
-    stdout: "pipe",
+    stdout: stdout ?? "pipe",
     stderr: "pipe",
   });
   let text = "";
@@ -47,7 +50,7 @@ export async function startService(
     const decoder = new TextDecoder();
     for await (const bytes of stream) text += decoder.decode(bytes, { stream: true });
   }
-  const collected = [child.stdout, child.stderr].map(collect);
+  const collected = [child.stdout, child.stderr].filter((stream) => typeof stream === "object").map(collect);
   const service: RunningService = {
     pid: child.pid,
     url: "",
@@ -90,6 +93,12 @@ export function untilLogged({ log }: RunningService, msg: string): Promise<Recor
 /** Waits until services say that they can do their work. */
 export async function untilReady(...services: readonly RunningService[]): Promise<void> {
   for (const { url } of services) {
-    await until("ready", async () => (await fetch(`${url}/ready`)).status === 200);
+    let seen = "";
+    async function isReady() {
+      const response = await fetch(`${url}/ready`);
+      seen = await response.text();
+      return response.status === 200;
+    }
+    await until(() => `it is ready, but ${seen}`, isReady);
   }
 }

@@ -1,12 +1,13 @@
 import { expect } from "bun:test";
 import type { Database } from "../../lib/database.ts";
+import type { Readiness } from "../../lib/service/readiness.ts";
 import { openApp } from "../harness/app.ts";
 
 export type Send = (path: string, init?: RequestInit) => Promise<Response>;
 
 /** The app in this process, and what it logs. `send` takes what `fetch()` takes, and gives the whole `Response`. */
-export function appOn(database: Database) {
-  const { app, log } = openApp({ database });
+export function appOn(database: Database, readiness?: Readiness) {
+  const { app, log } = openApp({ database, ...(readiness && { readiness }) });
   const send: Send = async (path, init) => app.handle(new Request(`http://localhost${path}`, init));
   return { app, send, log };
 }

@@ -371,7 +371,7 @@ describe("an operation:", () => {
     const gone = () => Promise.reject(new DatabaseError("unavailable", "away"));
     const away: Database = { ...db.database, run: gone, transaction: gone };
     const { path, init, status } = goodRequestOf(operation);
-    const response = await appOn(away).send(path, init);
+    const response = await appOn(away, { unready: { reason: "away", since: new Date() } }).send(path, init);
     expect(response.status).toBe("503" in operation.responses ? 503 : status);
     if (response.status === 503) expect(response.headers.get("retry-after")).toBe("1");
     await expectDescribed(operation, response);

@@ -12,6 +12,7 @@ import {
 } from "../harness/pipeline.ts";
 import { untilLogged, untilReady } from "../harness/processes.ts";
 import { startProxy } from "../harness/proxy.ts";
+import { expectProblem } from "../http/client.ts";
 
 setDefaultTimeout(60_000);
 
@@ -45,7 +46,7 @@ describe("worker.ts", () => {
     await untilDone(pipeline.test, { count: 1 });
     await until("all bad are dead letters", async () => (await pipeline.countDead()) === bad.length + 1);
     expect(await queue.depth()).toBe(0);
-    expect(await statusOf(`${worker.url}/ready`)).toBe(200);
+    await untilReady(worker);
     await expectAllDoneOnce(pipeline.test, 1);
   });
 
@@ -90,7 +91,7 @@ describe("worker.ts", () => {
       await untilLogged(worker, "waiting for MySQL");
       await until("all are given back", async () => (await queue.depth()) === 3);
     });
-    expect(await statusOf(`${worker.url}/ready`)).toBe(503);
+    await until("it is not ready", async () => (await statusOf(`${worker.url}/ready`)) === 503);
     expect(await statusOf(`${worker.url}/health`)).toBe(200);
     expect(await countStatuses(pipeline.test)).toEqual({ PROCESSING: 3 });
     await proxy.serve();
@@ -122,7 +123,13 @@ describe("scheduler.ts and worker.ts", () => {
     await rabbitmq.serve();
     await untilReady(scheduler, worker);
     await untilDone(pipeline.test, { count: 1 });
-    for (const { url } of [scheduler, worker]) expect(await statusOf(`${url}/elsewhere`)).toBe(404);
+    for (const [{ url }, paths] of [
+      [scheduler, "/health, /ready and /metrics"],
+      [worker, "/health and /ready"],
+    ] as const) {
+      const { detail } = await expectProblem(await fetch(`${url}/elsewhere`), 404, ["route not found"]);
+      expect(detail).toBe(`The paths are ${paths}`);
+    }
     await expectAllDoneOnce(pipeline.test, 1);
   });
 

@@ -1,10 +1,9 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { join } from "node:path";
-import type { Connection, Database } from "../../lib/database.ts";
 import { freePorts } from "../../lib/dev/servers.ts";
-import { checkDatabase } from "../../sql/migrate.ts";
+import { untilRunning } from "../harness/database.ts";
 import { insertReservation, insertReservations, reservationOf } from "../harness/fixtures.ts";
-import { errorOf, until } from "../harness/harness.ts";
+import { until } from "../harness/harness.ts";
 import { countStatuses, openPipeline, publishReservations, untilDone } from "../harness/pipeline.ts";
 import { temporaryFolder } from "../harness/temporary_folder.ts";
 
@@ -36,31 +35,28 @@ describe("a process", () => {
     },
   );
 
-  test("uses DATABASE_CONNECTIONS at most: with one, a read waits for the change before it", async () => {
+  test("uses DATABASE_CONNECTIONS at most: with one, a read waits for the read before it", async () => {
     await using pipeline = await openPipeline();
     const { url } = await pipeline.start("api", { DATABASE_CONNECTIONS: "1" });
-    const { id } = await insertReservation(pipeline.test, { executeAt: new Date(Date.now() + 3_600_000) });
-    const answered: string[] = [];
-    const send = (method: string, path: string) =>
-      fetch(url + path, { method }).then(({ status }) => answered.push(`${method} ${status}`));
-    const sent = await pipeline.test.database.transaction(async ({ select }) => {
-      await select("select id from point_reservations where id = ? for update", [id]);
-      const cancel = send("DELETE", `/point/reservations/${id}`);
-      await until("the change waits for its row", async () => {
-        const [waiting] = await pipeline.test.query(
-          "select id from information_schema.processlist where db = ? and info like ? and id <> connection_id()",
-          [pipeline.test.name, `%${id}%`],
-        );
-        return waiting;
-      });
-      const read = send("GET", `/point/reservations/${id}`);
-      // The process is at work, and has had the time to answer.
+    const { id } = await insertReservation(pipeline.test);
+    const answered: number[] = [];
+    const read = async () => answered.push((await fetch(`${url}/point/reservations/${id}`)).status);
+    const sent = await pipeline.test.database.run(async ({ execute }) => {
+      await execute("lock tables point_reservations write");
+      const reads = [read(), read()];
+      await untilRunning(pipeline.test, "find_details");
+      // The process is at work, and has had the time to send the other one.
       for (let times = 0; times < 20; times++) await fetch(`${url}/health`);
-      expect(answered).toEqual([]);
-      return [cancel, read];
+      const running = await pipeline.test.query(
+        "select id from information_schema.processlist where db = ? and info like '/* find_details */%'",
+        [pipeline.test.name],
+      );
+      expect([running.length, answered]).toEqual([1, []]);
+      await execute("unlock tables");
+      return reads;
     });
     await Promise.all(sent);
-    expect(answered).toEqual(["DELETE 200", "GET 200"]);
+    expect(answered).toEqual([200, 200]);
   });
 });
 
@@ -103,27 +99,6 @@ test("worker.ts grants WORKER_BATCH reservations in one transaction, and gives o
   expect(
     await pipeline.test.query("select last_error from point_reservations where attempts > 0"),
   ).toMatchObject([{ last_error: expect.stringContaining("Gave up at attempt 1") }]);
-});
-
-test("ALLOW_LOSSY_DATABASE lets a process run on a MySQL whose settings may lose commits", async () => {
-  await using pipeline = await openPipeline();
-  const { database } = pipeline.test;
-  // The settings of the shared server are not ours to change.
-  const settings = { flush: 2, log_bin: 0, sync: 0 };
-  const lossy: Database = {
-    ...database,
-    run: (work, options) =>
-      database.run((connection) => {
-        const select: Connection["select"] = (sql, values) =>
-          sql.includes("check_durability")
-            ? Promise.resolve([settings as never])
-            : connection.select(sql, values);
-        return work({ ...connection, select });
-      }, options),
-  };
-  const error = await errorOf(checkDatabase(lossy, { ALLOW_LOSSY_DATABASE: false }));
-  expect(error.message).toContain("innodb_flush_log_at_trx_commit must be 1: it is 2");
-  await checkDatabase(lossy, { ALLOW_LOSSY_DATABASE: true });
 });
 
 test.each(["development", "production"])(
