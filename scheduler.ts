@@ -4,13 +4,23 @@
 import type { Logger } from "pino";
 import { keepAccounts } from "./lib/accounting/keep.ts";
 import { findAccountingState } from "./lib/accounting/run_repository.ts";
+import { openTurns } from "./lib/accounting/turn_repository.ts";
 import type { Settings } from "./lib/config.ts";
 import type { Database } from "./lib/database.ts";
+import { type ClockReading, openDatabaseClock } from "./lib/database_clock.ts";
 import { describeError } from "./lib/errors.ts";
-import { aborted, openAlarm, runLoop, sleep } from "./lib/loop.ts";
+import { aborted, openAlarm, retry, runLoop, sleep } from "./lib/loop.ts";
 import type { Queue } from "./lib/queue.ts";
-import { type ClaimedReservation, claimDue, findNextScan } from "./lib/reservations/claim_repository.ts";
 import { decodeHint, encodeMessage } from "./lib/reservations/message.ts";
+import {
+  BEGINNING,
+  type ClaimedReservation,
+  claimDue,
+  findNextScan,
+  type ScanPosition,
+} from "./lib/reservations/scan_repository.ts";
+import { findPositions, fromAfter, openSweeper } from "./lib/reservations/sweep.ts";
+import { SCAN_TRIAL } from "./lib/reservations/trial_queries.ts";
 import { type Metrics, serveHealth } from "./lib/service/health.ts";
 import { runService } from "./lib/service/run_service.ts";
 
@@ -26,6 +36,7 @@ const STOP_MS = 5_000;
 const ACCOUNTING_RETRY = { baseMs: 10_000, maxMs: 300_000 };
 /** One for a page of rows, one to renew the turn meanwhile. The scans have a separate pool. */
 const ACCOUNTING_CONNECTIONS = 2;
+const SWEEP_CONNECTIONS = 1;
 
 export interface ScanOptions {
   database: Database;
@@ -35,13 +46,17 @@ export interface ScanOptions {
     Settings,
     "SCAN_BATCH" | "SCAN_INTERVAL_MS" | "LEASE_MS" | "PUBLISH_CHUNK" | "QUEUED_RESERVATIONS"
   >;
+  /** Where to start; by default at the beginning. */
+  from?: ScanPosition | undefined;
 }
 
 export interface Scanned {
   /** How many milliseconds to sleep before the next scan. */
   sleepMs: number;
-  /** The time by the database's clock at the end, in milliseconds since 1970; undefined if the scan did not need it. */
-  nowMs?: number;
+  /** Where the next scan starts: what was due before that is claimed, or locked by another transaction. */
+  from: ScanPosition;
+  /** Undefined if the scan did not need the database's clock. */
+  clock?: ClockReading;
 }
 
 /**
@@ -51,14 +66,23 @@ export interface Scanned {
  * @throws {QueueError} if RabbitMQ accepts no messages, before anything is claimed
  * @throws {DatabaseError}
  */
-export async function scanAndPublish({ database, queue, logger, config }: ScanOptions): Promise<Scanned> {
+export async function scanAndPublish(options: ScanOptions): Promise<Scanned> {
+  const { database, queue, logger, config, from = BEGINNING } = options;
   // The backlog belongs in MySQL, where it can still be cancelled: claim no more than the queue may hold.
   const depth = await queue.depth();
-  if (depth * config.PUBLISH_CHUNK >= config.QUEUED_RESERVATIONS) return { sleepMs: BACK_PRESSURE_MS };
+  if (depth * config.PUBLISH_CHUNK >= config.QUEUED_RESERVATIONS) return { sleepMs: BACK_PRESSURE_MS, from };
 
   const startedAt = performance.now();
-  const claimed = await claimDue(database, { limit: config.SCAN_BATCH, leaseMs: config.LEASE_MS });
-  if (claimed.length > 0) {
+  const limit = config.SCAN_BATCH;
+  const withinMs = config.SCAN_INTERVAL_MS;
+  const { clock, first, inMs, due } = await findNextScan(database, { from, withinMs, limit });
+  const next = { from: fromAfter(clock.nowMs), clock };
+  if (!first || due === 0) {
+    return { sleepMs: Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, inMs)), ...next };
+  }
+  const claimed = await claimDue(database, { from: first, limit: due, leaseMs: config.LEASE_MS });
+  const last = claimed.at(-1);
+  if (last) {
     const messages = chunk(claimed, config.PUBLISH_CHUNK).map(encodeMessage);
     const confirmed = await queue.publish(messages);
     const facts = {
@@ -71,9 +95,10 @@ export async function scanAndPublish({ database, queue, logger, config }: ScanOp
     if (confirmed === messages.length) logger.info(facts, "published");
     else logger.warn(facts, "not all confirmed; the rows are claimed again when their lease ends");
   }
-  if (claimed.length === config.SCAN_BATCH) return { sleepMs: 0 };
-  const { nowMs, inMs = config.SCAN_INTERVAL_MS } = await findNextScan(database);
-  return { sleepMs: Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, inMs)), nowMs };
+  if (last && claimed.length === limit) {
+    return { sleepMs: 0, from: { scanAt: last.scanAt, id: last.id }, clock };
+  }
+  return { sleepMs: MIN_SLEEP_MS, ...next };
 }
 
 function chunk(claimed: readonly ClaimedReservation[], size: number): ClaimedReservation[][] {
@@ -106,43 +131,65 @@ if (import.meta.main) {
       "AGGREGATE_INTERVAL_MS",
       "AGGREGATE_TIME_ZONE",
     ],
+    trial: SCAN_TRIAL,
     serve: (service) => serveHealth(service, { metrics: () => readMetrics(service.database) }),
     async main({ config, logger, signal, database, openDatabase, openQueue }) {
       const connected = Promise.withResolvers<void>();
       const alarm = openAlarm();
-      // From `performance.now()` to the database's clock: hints contain times of that clock.
-      let clockOffsetMs = 0;
+      const clock = openDatabaseClock((jump) => sweeper.onJump(jump));
       const queue = openQueue({
         connected: "connected to RabbitMQ",
         disconnected: "waiting for RabbitMQ",
         onConnected: connected.resolve,
         onHint(content) {
           const executeAt = decodeHint(content);
-          if (!executeAt) return;
-          alarm.wakeIn(Math.max(HINT_MS, executeAt.getTime() - clockOffsetMs - performance.now()));
+          if (executeAt) alarm.wakeIn(Math.max(HINT_MS, clock.msUntil(executeAt)));
         },
       });
       await Promise.race([connected.promise, aborted(signal)]);
 
-      async function scan(): Promise<number> {
+      const failing = (message: string) => ({
+        signal,
+        onFailure: (error: unknown, retryInMs: number) =>
+          logger.warn({ error: describeError(error), retryInMs }, message),
+      });
+      const positions = await retry(() => findPositions(database, logger), failing("scan failed"));
+      if (!positions) return;
+
+      const scan = async () => {
         // This scan sees the reservations of earlier hints, which are committed; it may miss those of later hints.
         alarm.clear();
-        const { sleepMs, nowMs } = await scanAndPublish({ database, queue, logger, config });
-        if (nowMs !== undefined) clockOffsetMs = nowMs - performance.now();
-        return sleepMs;
-      }
-      const scanning = runLoop(scan, {
-        signal,
-        alarm,
-        onFailure: (error, retryInMs) =>
-          logger.warn({ error: describeError(error), retryInMs }, "scan failed"),
+        const { from } = positions;
+        const scanned = await scanAndPublish({ database, queue, logger, config, from });
+        // Unless the clock has gone back meanwhile, and everything starts from the beginning.
+        if (positions.from === from) positions.from = scanned.from;
+        if (scanned.clock) clock.read(scanned.clock);
+        return scanned.sleepMs;
+      };
+      const scanning = runLoop(scan, { ...failing("scan failed"), alarm });
+
+      // The scans never wait for the sweeps, nor for their connection.
+      const swept = openDatabase({ connections: SWEEP_CONNECTIONS });
+      const sweeper = openSweeper({
+        database: swept,
+        logger,
+        leaseMs: config.LEASE_MS,
+        clock,
+        positions,
+        async claimFrom(from) {
+          const { sleepMs } = await scanAndPublish({ database: swept, queue, logger, config, from });
+          return sleepMs === 0;
+        },
+        wakeScan: () => alarm.wakeIn(0),
       });
+      const sweeping = runLoop(sweeper.sweep, failing("sweep failed"));
 
       // The scans never wait for the accounting, nor for its connections.
       const accounts = openDatabase({ connections: ACCOUNTING_CONNECTIONS });
+      const turns = openTurns(accounts, { intervalMs: config.AGGREGATE_INTERVAL_MS });
       const keeping =
         config.AGGREGATE_INTERVAL_MS > 0 &&
-        runLoop(() => keepAccounts({ database: accounts, logger, config, signal }), {
+        runLoop(() => keepAccounts({ database: accounts, turns, logger, config, signal }), {
           ...ACCOUNTING_RETRY,
           signal,
           onFailure: (error, retryInMs) =>
@@ -150,7 +197,10 @@ if (import.meta.main) {
         });
 
       // If a step hangs, the lease of the rows that it has claimed ends.
-      await Promise.race([Promise.all([scanning, keeping]), aborted(signal).then(() => sleep(STOP_MS))]);
+      await Promise.race([
+        Promise.all([scanning, sweeping, keeping]),
+        aborted(signal).then(() => sleep(STOP_MS)),
+      ]);
     },
   });
 }

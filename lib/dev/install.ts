@@ -44,9 +44,26 @@ export async function install({ say, signal }: ServicesOptions): Promise<void> {
     throw new Error("apt-get has finished, but mysqld or rabbitmq-server is still missing");
 }
 
-async function installPackages({ say, signal }: ServicesOptions): Promise<void> {
+/**
+ * Installs one package that has no service, as root on Debian or Ubuntu.
+ *
+ * @returns whether it could
+ */
+export async function installPackage(name: string, { say, signal }: ServicesOptions): Promise<boolean> {
+  if (process.getuid?.() !== 0 || !Bun.which("apt-get")) return false;
+  say(`apt-get install ${name}`);
+  const apt = openApt(signal);
+  const installIt = () => apt(["install", "--no-install-recommends", name]);
+  if ((await installIt()).code === 0) return true;
+  // Without package lists apt-get knows no package.
+  await apt(["update"]);
+  return (await installIt()).code === 0;
+}
+
+/** Runs apt-get; waits while another program holds its lock, for a few minutes in all. */
+function openApt(signal: AbortSignal | undefined) {
   const giveUpAt = Date.now() + APT_WITHIN_MS;
-  async function apt(args: string[]): Promise<CommandResult> {
+  return async (args: string[]): Promise<CommandResult> => {
     const command = [
       "apt-get",
       "-y",
@@ -66,7 +83,11 @@ async function installPackages({ say, signal }: ServicesOptions): Promise<void> 
       if (result.code === 0 || !locked || Date.now() > giveUpAt) return result;
       await sleep(2_000);
     }
-  }
+  };
+}
+
+async function installPackages({ say, signal }: ServicesOptions): Promise<void> {
+  const apt = openApt(signal);
   const updated = await whileSaying("still updating the package lists", say, () => apt(["update"]));
   const packages: string[] = [];
   if (!findMysqld()) packages.push(...(await mysqlPackages()));

@@ -7,10 +7,10 @@ import { lastLines, MARK, markOf, runCommand } from "./processes.ts";
 import type { Recipe, ServerOptions } from "./recipe.ts";
 
 /** MySQL or MariaDB with database, user and password `pointservice`. `folder` must exist, with its real path. */
-export function mysqlRecipe({ folder, say }: ServerOptions): Recipe {
+export function mysqlRecipe({ folder, say, mysqlEnv = {} }: ServerOptions): Recipe {
   const asUser = process.getuid?.() === 0 ? ["--user=root"] : [];
 
-  async function prepare([port]: number[], signal?: AbortSignal): Promise<{ command: string[] }> {
+  async function prepare([port]: number[], signal?: AbortSignal) {
     const mysqld = need(findMysqld(), "mysqld or mariadbd");
     const version = (await runCommand([mysqld, "--no-defaults", "--version"])).output;
     const mariadb = /mariadb/i.test(version);
@@ -30,7 +30,7 @@ export function mysqlRecipe({ folder, say }: ServerOptions): Recipe {
       initFile,
       `create database if not exists pointservice;
 create user if not exists 'pointservice'@'%' identified by 'pointservice';
-grant all privileges on *.* to 'pointservice'@'%';
+grant all privileges on *.* to 'pointservice'@'%' with grant option;
 `,
     );
     const command = [mysqld, "--no-defaults", ...asUser, `--datadir=${data}`, `--init-file=${initFile}`];
@@ -44,7 +44,7 @@ grant all privileges on *.* to 'pointservice'@'%';
     command.push("--innodb-buffer-pool-size=1G", "--innodb-io-capacity=2000");
     command.push(mariadb ? "--innodb-log-file-size=512M" : "--innodb-redo-log-capacity=512M");
     if (!mariadb) command.push("--mysqlx=OFF");
-    return { command };
+    return { command, env: mysqlEnv };
   }
 
   /** Makes a temporary folder and renames it: a killed run leaves no incomplete data folder. */

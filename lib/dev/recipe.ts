@@ -4,6 +4,8 @@
 export interface ServerOptions {
   folder: string;
   say: (line: string) => void;
+  /** Variables of MySQL's environment, in addition to the usual ones. Read at each start. */
+  mysqlEnv?: Record<string, string> | undefined;
 }
 
 /** The differences between the two servers. */

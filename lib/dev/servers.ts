@@ -50,9 +50,9 @@ export async function startPrivateServers(
 }
 
 /** The MySQL or MariaDB of a folder. */
-export function mysqlServer({ folder, say }: ServerOptions): Server {
+export function mysqlServer({ folder, say, mysqlEnv }: ServerOptions): Server {
   const own = makeFolder(folder);
-  return ownServer(own, say, mysqlRecipe({ folder: own, say }));
+  return ownServer(own, say, mysqlRecipe({ folder: own, say, mysqlEnv }));
 }
 
 /** The RabbitMQ of a folder. */

@@ -2,7 +2,7 @@ import { and, asc, eq, inArray } from "drizzle-orm";
 import type { Database, Transaction } from "../database.ts";
 import { DatabaseError } from "../database_errors.ts";
 import { pointRoot, pointTransactions } from "../schema.ts";
-import { insertLedgerEntries, sumByUser, upsertBalances } from "./ledger_repository.ts";
+import { findBegunBalances, insertLedgerEntries, sumByUser, upsertBalances } from "./ledger_repository.ts";
 import { MAX_POINT_NUM, type PointTransaction } from "./point.ts";
 
 /** The outcome of a direct change of points. */
@@ -21,39 +21,56 @@ export type ChangeOutcome =
   /** Another transaction, for instance a grant, has locked the balance. */
   | "busy";
 
-/** How often a batch is tried if other transactions use its keys meanwhile. */
+/** How often a batch is tried if other transactions use its keys, or create its balances, meanwhile. */
 const MAX_TRIES = 3;
 
 /**
  * Adds points to balances and subtracts points from them, with a ledger entry for each change, in one transaction. A refused
- * change does not affect the others; each change sees the balance after the changes before it in the batch.
- *
- * @param options.wait whether to wait for a locked balance; otherwise its changes are `busy`, and are not made
+ * change does not affect the others; each change sees the balance after the changes before it in the batch. It does not wait
+ * for balances that another transaction has locked: their changes are `busy`, and are not made.
  */
 export async function changePoints(
   database: Database,
   batch: readonly PointTransaction[],
-  { wait = true }: { wait?: boolean } = {},
 ): Promise<ChangeOutcome[]> {
-  for (let attempt = 1; ; attempt++) {
+  /** Whether users have a balance, or are getting one: those whose balance could not be locked. */
+  const areBegun = new Map<string, boolean>();
+  let wasHeldUp = false;
+  for (let attempt = 1; ; ) {
     try {
-      return await database.transaction((transaction) => changeTogether(transaction, batch, { wait }));
+      const changed = await database.transaction((transaction) =>
+        changeTogether(transaction, batch, areBegun),
+      );
+      if (changed.outcomes) return changed.outcomes;
+      // Of these users it must be known before their balances are created: an INSERT would wait for another one.
+      const begun = await findBegunBalances(database, changed.unlocked);
+      for (const userId of changed.unlocked) areBegun.set(userId, wasHeldUp || begun.has(userId));
     } catch (error) {
-      // Another transaction has used a key since it was looked up: the next try finds its entry.
-      const mayPass = error instanceof DatabaseError && error.kind === "duplicate";
-      if (!mayPass || attempt === MAX_TRIES) throw error;
+      const kind = error instanceof DatabaseError ? error.kind : undefined;
+      // Another transaction has used a key since it was looked up: the next try finds its entry. Or one creates a balance.
+      const mayPass = kind === "duplicate" || kind === "lock_timeout";
+      if (!mayPass || attempt++ === MAX_TRIES) throw error;
+      wasHeldUp = kind === "lock_timeout";
+      areBegun.clear();
     }
   }
 }
 
+type Changed =
+  | { outcomes: ChangeOutcome[] }
+  /** Nothing is changed: users without a balance that can be locked, of whom `areBegun` says nothing. */
+  | { outcomes?: never; unlocked: string[] };
+
 async function changeTogether(
   transaction: Transaction,
   batch: readonly PointTransaction[],
-  { wait }: { wait: boolean },
-): Promise<ChangeOutcome[]> {
+  areBegun: ReadonlyMap<string, boolean>,
+): Promise<Changed> {
   const userIds = [...new Set(batch.map(({ userId }) => userId))];
-  const balances = await lockBalances(transaction, userIds, { wait });
-  const busy = wait ? new Set() : await findLocked(transaction, userIds, balances);
+  const balances = await lockBalances(transaction, userIds);
+  const unlocked = userIds.filter((userId) => !balances.has(userId));
+  if (unlocked.some((userId) => !areBegun.has(userId))) return { unlocked };
+  const busy = new Set(unlocked.filter((userId) => areBegun.get(userId)));
   const known = await findChanges(transaction, batch);
   const left = new Map(balances);
   const accepted: PointTransaction[] = [];
@@ -86,40 +103,23 @@ async function changeTogether(
       sums.filter(([userId]) => !balances.has(userId)),
     );
   }
-  return outcomes;
+  return { outcomes };
 }
 
-/** Locks balances in the order of their users, as the grant does. The result has no users without a balance. */
+/** Locks balances that no other transaction has locked. The result has only those. */
 async function lockBalances(
   transaction: Transaction,
-  userIds: string[],
-  { wait }: { wait: boolean },
+  userIds: readonly string[],
 ): Promise<Map<string, bigint>> {
   const rows = await transaction
     .drizzle("lock_balances")
     .select({ userId: pointRoot.userId, pointNum: pointRoot.pointNum })
-    // Without the index hint, MariaDB would scan a small table, and wait for locks on other rows.
+    // Without the index hint, MariaDB would scan a small table, and lock other rows.
     .from(pointRoot, { forceIndex: "PRIMARY" })
     .where(inArray(pointRoot.userId, userIds))
     .orderBy(asc(pointRoot.userId))
-    .for("update", wait ? {} : { skipLocked: true });
+    .for("update", { skipLocked: true });
   return new Map(rows.map(({ userId, pointNum }) => [userId, pointNum]));
-}
-
-/** Users whose balance exists, but could not be locked. */
-async function findLocked(
-  transaction: Transaction,
-  userIds: string[],
-  locked: ReadonlyMap<string, bigint>,
-): Promise<Set<string>> {
-  const others = userIds.filter((userId) => !locked.has(userId));
-  if (others.length === 0) return new Set();
-  const rows = await transaction
-    .drizzle("find_locked")
-    .select({ userId: pointRoot.userId })
-    .from(pointRoot)
-    .where(inArray(pointRoot.userId, others));
-  return new Set(rows.map(({ userId }) => userId));
 }
 
 /** Earlier direct changes with these keys, by their keys. */

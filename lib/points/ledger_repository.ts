@@ -1,6 +1,6 @@
 import { and, eq } from "drizzle-orm";
 import { v7 as uuidv7 } from "uuid";
-import type { Transaction } from "../database.ts";
+import type { Database, Transaction } from "../database.ts";
 import { type LedgerRow, pointTransactions } from "../schema.ts";
 import type { PointTransaction } from "./point.ts";
 
@@ -47,6 +47,26 @@ export async function upsertBalances(transaction: Transaction, sums: [string, nu
     // Sorted by user: two workers that lock balances in different orders would deadlock.
     [sums.toSorted(([a], [b]) => (a < b ? -1 : 1))],
   );
+}
+
+/**
+ * Those of some users who have a balance, or are getting one: also one that another transaction has not committed yet, which
+ * an INSERT would have to wait for.
+ */
+export async function findBegunBalances(
+  database: Database,
+  userIds: readonly string[],
+): Promise<Set<string>> {
+  if (userIds.length === 0) return new Set();
+  const rows = await database.run(async (connection) => {
+    // For the next statement alone.
+    await connection.execute("/* read_uncommitted */ set transaction isolation level read uncommitted");
+    return connection.select<{ userId: string }>(
+      "/* find_begun_balances */ select user_id userId from point_root where user_id in (?)",
+      [userIds],
+    );
+  });
+  return new Set(rows.map(({ userId }) => userId));
 }
 
 /** The sum of the entries of each user. */

@@ -1,5 +1,6 @@
 import type { Static } from "@sinclair/typebox";
 import { Elysia } from "elysia";
+import { BUSY, openUntilFree } from "../busy.ts";
 import { coalesce } from "../coalesce.ts";
 import type { Database } from "../database.ts";
 import { DomainError, keyConflict, plural } from "../errors.ts";
@@ -61,25 +62,25 @@ function unknownUser(what: string, userId: string): DomainError {
 const MESSAGES = { add: "point updated", sub: "point subtracted" };
 
 function pointChanger(database: Database) {
-  // A locked balance must not delay the changes of other users: its changes wait in a separate queue.
-  const change = coalesce(
-    (batch: PointTransaction[]) => changePoints(database, batch, { wait: false }),
-    BATCHING,
-  );
-  const changeBusy = coalesce(
-    (batch: PointTransaction[]) => changePoints(database, batch, { wait: true }),
-    BATCHING,
-  );
+  const changeMany = (batch: PointTransaction[]) => changePoints(database, batch);
+  const change = coalesce(changeMany, BATCHING);
+  // Those that wait for a locked balance come again and again: they must not fill the batches of the others.
+  const changeAgain = coalesce(changeMany, BATCHING);
+  const untilFree = openUntilFree();
   return async (request: Request, kind: "add" | "sub"): Promise<Response> => {
     const entry = newPointChange(await readJson(request), { kind, headerKey: headerKeyOf(request) });
-    let outcome = await change(entry);
-    if (outcome === "busy") outcome = await changeBusy(entry);
+    let next = change;
+    const outcome = await untilFree(async () => {
+      const outcome = await next(entry);
+      next = changeAgain;
+      return outcome === "busy" ? BUSY : outcome;
+    });
     if (outcome !== "changed" && outcome !== "replayed") throw refusedChange(entry, outcome);
     return Response.json(messagesOf(MESSAGES[kind]), { headers: replayed(outcome) });
   };
 }
 
-type RefusedChange = Exclude<ChangeOutcome, "changed" | "replayed">;
+type RefusedChange = Exclude<ChangeOutcome, "changed" | "replayed" | "busy">;
 
 function refusedChange(
   { userId, pointAmount }: Pick<PointTransaction, "userId" | "pointAmount">,
@@ -92,9 +93,6 @@ function refusedChange(
       return keyConflict();
     case "unknown_user":
       return unknownUser(what, userId);
-    case "busy":
-      // A change that waits for the lock of its balance gets it.
-      throw new Error("A change that waited for its balance is still busy");
     case "too_few":
       return refusedBy(what, "points must be greater than 0", `the balance of ${userId} would fall below 0`);
     case "too_many":

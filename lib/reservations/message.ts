@@ -12,7 +12,7 @@ const MAX_MESSAGE_BYTES = 1024 * 1024;
 
 const MAX_HINT_BYTES = 100;
 
-/** One reservation in a message. Only `reservation_id` is used: the row decides the rest. */
+/** One reservation in a message. The row of `reservation_id` decides all; `user_id` only tells whether its grant can wait. */
 const ReservationMessage = Type.Object({
   reservation_id: Type.String({ maxLength: 36 }),
   user_id: Type.String(),

@@ -1,5 +1,6 @@
 import { type Static, Type } from "@sinclair/typebox";
 import { Elysia } from "elysia";
+import { openUntilFree } from "../busy.ts";
 import type { Database } from "../database.ts";
 import type { DomainError } from "../errors.ts";
 import { objectSchema } from "../field.ts";
@@ -46,12 +47,13 @@ export interface ReservationChangeOptions {
 
 /** `DELETE` and `PATCH /point/reservations/{id}`, and `POST /point/reservations/{id}/retry`. */
 export function reservationChangeRoutes({ database, hint }: ReservationChangeOptions) {
+  const options = { untilFree: openUntilFree() };
   return new Elysia()
     .delete(
       "/point/reservations/:id",
       async ({ params }) => {
         const id = parseReservationId(params.id);
-        requireDone(id, await cancelReservation(database, id), cannotCancel);
+        requireDone(id, await cancelReservation(database, id, options), cannotCancel);
         return Response.json(cancelledOf(id));
       },
       CANCEL,
@@ -61,7 +63,7 @@ export function reservationChangeRoutes({ database, hint }: ReservationChangeOpt
       async ({ params, request }) => {
         const id = parseReservationId(params.id);
         const patch = newReservationPatch(await readJson(request));
-        const details = requireDone(id, await patchReservation(database, id, patch), cannotChange);
+        const details = requireDone(id, await patchReservation(database, id, patch, options), cannotChange);
         hint(details.executeAt);
         return Response.json(detailsOf(details));
       },
@@ -71,7 +73,7 @@ export function reservationChangeRoutes({ database, hint }: ReservationChangeOpt
       "/point/reservations/:id/retry",
       async ({ params }) => {
         const id = parseReservationId(params.id);
-        const details = requireDone(id, await retryReservation(database, id), cannotRetry);
+        const details = requireDone(id, await retryReservation(database, id, options), cannotRetry);
         hint(details.executeAt);
         return Response.json(detailsOf(details));
       },

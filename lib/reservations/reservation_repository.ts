@@ -1,6 +1,9 @@
 import { and, eq, inArray, sql } from "drizzle-orm";
+import { BUSY, openUntilFree, type UntilFree } from "../busy.ts";
 import { OverloadError } from "../coalesce.ts";
-import type { Connection, Database } from "../database.ts";
+import type { Connection, Database, Transaction } from "../database.ts";
+import { DatabaseError } from "../database_errors.ts";
+import { backoffMs, sleep } from "../loop.ts";
 import { type ReservationRow, type ReservationStatus, pointReservations as reservations } from "../schema.ts";
 import type { Reservation, ReservationPatch } from "./reservation.ts";
 import { findDetails, type ReservationDetails } from "./reservation_queries.ts";
@@ -26,14 +29,13 @@ export async function createReservations(
     userId,
     pointAmount,
     executeAt,
-    executeAt,
     idempotencyKey,
     campaign,
   ]);
   // Not INSERT IGNORE: it also ignores truncation, and a truncated user id could be that of another user.
   const { affectedRows } = await connection.execute(
     `/* create_reservations */ insert into point_reservations
-       (id, user_id, point_amount, execute_at, scan_at, idempotency_key, campaign)
+       (id, user_id, point_amount, execute_at, idempotency_key, campaign)
      values ? on duplicate key update id = id`,
     [rows],
   );
@@ -84,10 +86,51 @@ async function findByIdempotencyKeys(
   return new Map(found.map((reservation) => [reservation.idempotencyKey, reservation]));
 }
 
+/**
+ * The same without waiting for others: a replay whose row another transaction has locked would hold up the whole INSERT. Not
+ * the usual way, as it needs three statements.
+ *
+ * @returns `BUSY` for a reservation whose key another transaction has inserted, and not committed yet
+ */
+export async function createBesideLocks(
+  database: Database,
+  batch: readonly Reservation[],
+): Promise<(CreateOutcome | typeof BUSY)[]> {
+  return database.run(async (connection) => {
+    const firsts = await findByIdempotencyKeys(connection, batch);
+    const others = batch.filter(({ idempotencyKey }) => !firsts.has(idempotencyKey));
+    const begun = await findBegunKeys(connection, others);
+    const fresh = others.filter(({ idempotencyKey }) => !begun.has(idempotencyKey));
+    const created = (fresh.length > 0 ? await createReservations(connection, fresh) : []).values();
+    return batch.map((reservation) => {
+      if (firsts.has(reservation.idempotencyKey)) return outcomeOf(reservation, firsts);
+      return begun.has(reservation.idempotencyKey) ? BUSY : (created.next().value as CreateOutcome);
+    });
+  });
+}
+
+/** Those of some keys that are used, also by a reservation that is not committed yet. */
+async function findBegunKeys(
+  { execute, select }: Connection,
+  batch: readonly Reservation[],
+): Promise<Set<string>> {
+  if (batch.length === 0) return new Set();
+  // For the next statement alone.
+  await execute("/* read_uncommitted */ set transaction isolation level read uncommitted");
+  const rows = await select<{ key: string }>(
+    "/* find_begun_keys */ select idempotency_key `key` from point_reservations where idempotency_key in (?)",
+    [batch.map(({ idempotencyKey }) => idempotencyKey)],
+  );
+  return new Set(rows.map(({ key }) => key));
+}
+
 /** The maximum number of rows of one INSERT. */
 const INSERT_ROWS = 1_000;
 /** How often an all-or-none bulk is tried if other requests use its keys meanwhile. */
 const MAX_TRIES = 5;
+/** How long a bulk may take by default, in milliseconds, and how long it waits before it tries again beside others' locks. */
+const BULK_MS = 12_000;
+const BULK_WAITS = { baseMs: 20, maxMs: 400 };
 
 /** Another request has used a key between the SELECT and the INSERT. Thrown to roll the transaction back. */
 class KeyTaken extends Error {}
@@ -96,21 +139,29 @@ class KeyTaken extends Error {}
  * Inserts the reservations of one request, up to 1,000 in one statement.
  *
  * @param options.allOrNone in one transaction, which inserts nothing if a reservation is a `conflict`
- * @param options.workMs how long one try may take, in milliseconds
- * @throws {OverloadError} if other requests use its keys in every try; only with `allOrNone`, and then nothing is inserted
+ * @param options.workMs how long one try may take, and for how long to try, in milliseconds
+ * @throws {OverloadError} if other requests use its keys in every try; with `allOrNone`, nothing is inserted then
  */
 export async function createBulk(
   database: Database,
   batch: readonly Reservation[],
-  { allOrNone, workMs }: { allOrNone: boolean; workMs?: number },
+  { allOrNone, workMs = BULK_MS }: { allOrNone: boolean; workMs?: number },
 ): Promise<CreateOutcome[]> {
   const create = (connection: Connection) => createTogether(connection, batch, { allOrNone });
-  if (!allOrNone) return database.run(create, { workMs });
-  for (let attempt = 1; attempt <= MAX_TRIES; attempt++) {
+  const end = performance.now() + workMs;
+  for (let taken = 0, attempt = 1; taken < MAX_TRIES; attempt++) {
     try {
+      if (!allOrNone) return await database.run(create, { workMs });
       return await database.transaction(create, { workMs });
     } catch (error) {
-      if (!(error instanceof KeyTaken)) throw error;
+      if (error instanceof KeyTaken) {
+        taken++;
+        continue;
+      }
+      // Another request has inserted one of its keys, and not committed yet: this one finds it in a later try.
+      const isHeldUp = error instanceof DatabaseError && error.kind === "lock_timeout";
+      if (!isHeldUp || performance.now() > end) throw error;
+      await sleep(backoffMs(attempt, BULK_WAITS));
     }
   }
   throw new OverloadError(`Cannot reserve a bulk as other requests used its keys in ${MAX_TRIES} tries`);
@@ -173,44 +224,59 @@ interface Transition {
   wasMade: (row: ReservationRow, wasSent: boolean) => boolean;
 }
 
-/** Makes a transition by one conditional UPDATE, and reads the row in the same transaction. */
+export interface TransitionOptions {
+  /** How to wait for a row that another transaction holds; by default with a limit of its own. */
+  untilFree?: UntilFree | undefined;
+}
+
+/**
+ * Makes a transition by one conditional UPDATE, and reads the row in the same transaction.
+ *
+ * @throws {OverloadError} if another transaction holds the row for too long
+ */
 function transition(
   database: Database,
   id: string,
   { name, from, set, values = [], wasMade }: Transition,
+  { untilFree = openUntilFree() }: TransitionOptions,
 ): Promise<Transitioned | undefined> {
   const isIt = eq(reservations.id, id);
   let wasSent = false;
-  return database.transaction(async (transaction) => {
-    async function update(): Promise<boolean> {
-      const { affectedRows } = await transaction.execute(
-        `/* ${name} */ update point_reservations set ${set} where id = ? and status in (?)`,
-        [...values, id, from],
-      );
-      return affectedRows === 1;
-    }
-
-    // Usually the status allows the change: then no SELECT is needed before.
-    let isDone = await update();
-    if (!isDone) {
+  const attempt = () =>
+    database.transaction(async (transaction) => {
       // Locked: the row must not change between the decision and the answer that explains it.
-      const [row] = await transaction
-        .drizzle("lock_reservation")
-        .select()
-        .from(reservations)
-        .where(isIt)
-        .for("update");
-      if (!row) return undefined;
+      const row = await lockReservation(transaction, id);
+      if (row === undefined || row === BUSY) return row;
       const isAllowed = from.includes(row.status);
-      // The status has changed since the first UPDATE, or the row already has the requested values.
-      if (isAllowed) await update();
-      isDone = isAllowed || wasMade(row, wasSent);
-    }
-    const details = await findDetails(transaction, isIt);
-    if (!details) throw new Error("A reservation that the transaction has locked is missing");
-    wasSent = isDone;
-    return { isDone, details };
-  });
+      if (isAllowed) {
+        await transaction.execute(
+          `/* ${name} */ update point_reservations set ${set} where id = ? and status in (?)`,
+          [...values, id, from],
+        );
+      }
+      const isDone = isAllowed || wasMade(row, wasSent);
+      const details = await findDetails(transaction, isIt);
+      if (!details) throw new Error("A reservation that the transaction has locked is missing");
+      wasSent = isDone;
+      return { isDone, details };
+    });
+  return untilFree<Transitioned | undefined>(attempt);
+}
+
+/** Locks a row without waiting; undefined if there is none. */
+async function lockReservation(
+  { drizzle }: Transaction,
+  id: string,
+): Promise<ReservationRow | typeof BUSY | undefined> {
+  const isIt = eq(reservations.id, id);
+  const [row] = await drizzle("lock_reservation")
+    .select()
+    .from(reservations)
+    .where(isIt)
+    .for("update", { skipLocked: true });
+  if (row) return row;
+  const exists = await drizzle("is_held").select({ id: reservations.id }).from(reservations).where(isIt);
+  return exists.length > 0 ? BUSY : undefined;
 }
 
 /**
@@ -219,13 +285,18 @@ function transition(
  *
  * @returns `isDone` is true even if the reservation was CANCELLED before; undefined if there is no such reservation
  */
-export function cancelReservation(database: Database, id: string): Promise<Transitioned | undefined> {
-  return transition(database, id, {
+export function cancelReservation(
+  database: Database,
+  id: string,
+  options: TransitionOptions = {},
+): Promise<Transitioned | undefined> {
+  const cancel: Transition = {
     name: "cancel_reservation",
     from: OPEN,
     set: SET_CANCELLED,
     wasMade: ({ status }) => status === "CANCELLED",
-  });
+  };
+  return transition(database, id, cancel, options);
 }
 
 /**
@@ -237,8 +308,9 @@ export function patchReservation(
   database: Database,
   id: string,
   { executeAt, pointAmount }: ReservationPatch,
+  options: TransitionOptions = {},
 ): Promise<Transitioned | undefined> {
-  const set: string[] = [];
+  const set = ["changed_at = now(3)"];
   const values: unknown[] = [];
   if (pointAmount !== undefined) {
     set.push("original_point_amount = coalesce(original_point_amount, point_amount)", "point_amount = ?");
@@ -248,11 +320,11 @@ export function patchReservation(
     set.push(
       "original_execute_at = coalesce(original_execute_at, execute_at)",
       "execute_at = ?",
-      "scan_at = ?",
+      "scan_at = greatest(execute_at, now(3))",
     );
-    values.push(executeAt, executeAt);
+    values.push(executeAt);
   }
-  return transition(database, id, {
+  const patch: Transition = {
     name: "patch_reservation",
     from: ["PENDING"],
     set: set.join(", "),
@@ -262,7 +334,8 @@ export function patchReservation(
       wasSent &&
       (pointAmount === undefined || row.pointAmount === pointAmount) &&
       (executeAt === undefined || row.executeAt.getTime() === executeAt.getTime()),
-  });
+  };
+  return transition(database, id, patch, options);
 }
 
 /**
@@ -270,14 +343,19 @@ export function patchReservation(
  *
  * @returns undefined if there is no such reservation
  */
-export function retryReservation(database: Database, id: string): Promise<Transitioned | undefined> {
-  return transition(database, id, {
+export function retryReservation(
+  database: Database,
+  id: string,
+  options: TransitionOptions = {},
+): Promise<Transitioned | undefined> {
+  const retry: Transition = {
     name: "retry_reservation",
     from: ["FAILED"],
-    set: "status = 'PENDING', scan_at = greatest(now(3), execute_at), attempts = 0",
+    set: "status = 'PENDING', scan_at = greatest(execute_at, now(3)), attempts = 0, changed_at = now(3)",
     // A COMMIT whose answer was lost may have succeeded, and the row may have been claimed since.
     wasMade: (_, wasSent) => wasSent,
-  });
+  };
+  return transition(database, id, retry, options);
 }
 
 /** The number of a campaign's reservations in each state. */
@@ -291,10 +369,12 @@ export interface CampaignCounts {
 
 /** The maximum number of reservations that one statement cancels: workers wait for its locks. */
 const CANCEL_ROWS = 1_000;
+/** Waits for reservations that other transactions hold, in milliseconds. */
+const CANCEL_WAITS = { baseMs: 20, maxMs: 400 };
 
 /**
- * Cancels all open reservations of a campaign, up to 1,000 in one statement. After a crash some of them are cancelled; the same
- * call again cancels the rest.
+ * Cancels all open reservations of a campaign, up to 1,000 in one statement. Those that other transactions hold come last: they
+ * are tried again until `untilMs`. After a crash some of them are cancelled; the same call again cancels the rest.
  *
  * @param options.untilMs when to stop, by `performance.now()`
  * @returns the numbers of its reservations in each state after that; all 0 if it has none
@@ -304,26 +384,34 @@ export async function cancelCampaign(
   campaign: string,
   { untilMs }: { untilMs: number },
 ): Promise<CampaignCounts> {
-  const isOpen = and(eq(reservations.campaign, campaign), eq(reservations.campaignListedAs, "OPEN"));
-  while (performance.now() < untilMs) {
-    const found = await database.run(({ drizzle }) =>
-      drizzle("find_open_of_campaign")
-        .select({ id: reservations.id })
-        .from(reservations)
-        .where(isOpen)
-        .limit(CANCEL_ROWS),
-    );
-    if (found.length === 0) break;
-    // In the order in which the grant locks the rows.
-    const ids = found.map(({ id }) => id).toSorted();
-    await database.run(({ execute }) =>
-      execute(
-        `/* cancel_reservations */ update point_reservations set ${SET_CANCELLED} where id in (?) and status in (?)`,
-        [ids, OPEN],
-      ),
-    );
+  for (let waits = 0; performance.now() < untilMs; ) {
+    const cancelled = await database.transaction((transaction) => cancelSome(transaction, campaign));
+    if (cancelled > 0) {
+      waits = 0;
+      continue;
+    }
+    const counts = await countCampaign(database, campaign);
+    if (counts.open === 0) return counts;
+    const leftMs = Math.max(0, untilMs - performance.now());
+    await sleep(Math.min(leftMs, backoffMs(++waits, CANCEL_WAITS)));
   }
   return countCampaign(database, campaign);
+}
+
+/** Cancels reservations that no other transaction holds; returns their number, 0 if there are none. */
+async function cancelSome({ drizzle, execute }: Transaction, campaign: string): Promise<number> {
+  const found = await drizzle("lock_open_of_campaign")
+    .select({ id: reservations.id })
+    .from(reservations, { forceIndex: "point_reservations_campaign" })
+    .where(and(eq(reservations.campaign, campaign), eq(reservations.campaignListedAs, "OPEN")))
+    .limit(CANCEL_ROWS)
+    .for("update", { skipLocked: true });
+  if (found.length === 0) return 0;
+  await execute(
+    `/* cancel_reservations */ update point_reservations set ${SET_CANCELLED} where id in (?) and status in (?)`,
+    [found.map(({ id }) => id), OPEN],
+  );
+  return found.length;
 }
 
 async function countCampaign(database: Database, campaign: string): Promise<CampaignCounts> {

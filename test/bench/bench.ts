@@ -5,7 +5,9 @@ import { benchAccounting, type Figure } from "./accounting.ts";
 import { benchDatabaseOnly, benchGrant, type GrantOptions } from "./grant.ts";
 import { benchBurst, benchSteady } from "./lateness.ts";
 import { benchLists } from "./lists.ts";
+import { benchLocked } from "./locked.ts";
 import { benchReserve } from "./reserve.ts";
+import { benchSnapshot } from "./snapshot.ts";
 import type { Usages } from "./usage.ts";
 
 const DESCRIPTION = `Measures the program on real services, each figure beside a limit that is
@@ -24,6 +26,7 @@ const json = {
   grant: {} as Record<string, number>,
   flat: {} as Record<string, number>,
   lateness: {} as Record<string, number>,
+  locked: {} as Record<string, number>,
   rss_mb: {} as Record<string, number>,
   scale: {} as Record<string, number>,
   deadlocks: 0,
@@ -120,6 +123,16 @@ const RUN = {
     const { p50Ms: p50_ms, p99Ms: p99_ms, maxMs: max_ms } = steady;
     json.lateness = { p50_ms, p99_ms, max_ms, burst_per_s: burstPerS };
   },
+  async locked() {
+    const seconds = isQuick ? 3 : 15;
+    const locked = await benchLocked({ seconds }, settings);
+    const { p50Ms: p50_ms, p99Ms: p99_ms, maxMs: max_ms, releaseMs: release_ms } = locked;
+    const figure = `${latency(locked)}, max ${ms(max_ms)}`;
+    show({ what: "lateness of others beside 10 locked balances, 500/s", figure });
+    const what = `from the release to the last of ${locked.lockedCount} grants of the locked ones`;
+    show({ what, figure: ms(release_ms) });
+    json.locked = { p50_ms, p99_ms, max_ms, release_ms };
+  },
   async scale() {
     for (const workers of isQuick ? [1, 2] : [1, 2, 4]) {
       const isUsual = isQuick && workers === 1;
@@ -140,6 +153,10 @@ const RUN = {
   },
   async accounting() {
     for (const figure of await benchAccounting({ entries: options.entries, progress })) show(figure);
+  },
+  async snapshot() {
+    const granted = options.count ?? (isQuick ? 20_000 : 500_000);
+    for (const figure of await benchSnapshot({ count: granted, settings, progress })) show(figure);
   },
 };
 

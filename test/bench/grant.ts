@@ -1,8 +1,8 @@
 import { expect } from "bun:test";
 import { openDatabase } from "../../lib/database.ts";
 import { compareSums } from "../../lib/dev/compare_sums.ts";
-import { claimDue } from "../../lib/reservations/claim_repository.ts";
 import { decodeMessage, encodeMessage } from "../../lib/reservations/message.ts";
+import { claimDue } from "../../lib/reservations/scan_repository.ts";
 import { processMessages } from "../../worker.ts";
 import { createTestDatabase, type TestDatabase } from "../harness/database.ts";
 import { silent, until } from "../harness/harness.ts";

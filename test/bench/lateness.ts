@@ -4,10 +4,10 @@ import { fill } from "./fill.ts";
 import { deadlocksOf, expectGranted, untilDrained } from "./grant.ts";
 import { startUsage } from "./usage.ts";
 
-const PER_S = 500;
+export const PER_S = 500;
 const TICK_MS = 20;
 /** The first ones find processes that have never done it. */
-const WARM = { seconds: 2, spreadMs: 1_000 };
+export const WARM = { seconds: 2, spreadMs: 1_000 };
 /** How long before the burst it is filled in. */
 const FILL_MS_PER_ROW = 0.15;
 
@@ -74,7 +74,8 @@ async function measure(
   };
 }
 
-async function reserveFor(url: string, { seconds, spreadMs }: typeof WARM): Promise<void> {
+/** Reserves over HTTP: due times spread over the next milliseconds, every tenth due at once. */
+export async function reserveFor(url: string, { seconds, spreadMs }: typeof WARM): Promise<void> {
   const sent: Promise<unknown>[] = [];
   const startedAt = Date.now();
   for (let count = 0; count < seconds * PER_S; await Bun.sleep(TICK_MS)) {

@@ -10,7 +10,7 @@ const connection = {
 const database = {
   run: (work: (connection: Connection) => unknown) => work(connection),
 } as unknown as Database;
-const app = createApp({ database, logger: silent });
+const app = createApp({ database, logger: silent, readiness: { unready: undefined } });
 const { url } = listen({
   hostname: "127.0.0.1",
   port: 0,

@@ -10,12 +10,16 @@ import { pointReservations, pointRoot, pointTransactions, type ReservationStatus
 import type { TestDatabase } from "../harness/database.ts";
 import { until } from "../harness/harness.ts";
 import type { Client, Content, Reserved } from "./client.ts";
+import { mayBeSetBack } from "./clock_jumps.ts";
+import type { Struck } from "./report.ts";
 
 /** Something that must never be. */
 export interface Violation {
   what: string;
   /** The labels, ids or keys by which the evidence is found. */
   names: string[];
+  /** When it was found, in milliseconds since 1970, if that is by MySQL's clock alone: a reservation that is overdue. */
+  overdueMs?: number;
 }
 
 /**
@@ -61,7 +65,9 @@ export async function installWitness({ query }: TestDatabase): Promise<void> {
 function violationOf(difference: Difference): Violation {
   const { reservation_id, user_id } = difference as { reservation_id?: string; user_id?: string };
   const name = reservation_id ?? user_id;
-  return { what: `reconciling found: ${describeDifference(difference)}`, names: name ? [name] : [] };
+  const what = `reconciling found: ${describeDifference(difference)}`;
+  const found: Violation = { what, names: name ? [name] : [] };
+  return difference.kind === "overdue" ? { ...found, overdueMs: Date.now() } : found;
 }
 
 /** Reconciles again and again while everything is broken, in full every other time: a false alarm would wake somebody at night. */
@@ -83,6 +89,15 @@ export async function keepReconciling(
     await sleep(1_000, signal);
   }
   return { runs, violations };
+}
+
+/** The differences in the log of the schedulers. */
+export function findLogged(logs: readonly Record<string, unknown>[]): Violation[] {
+  return logs.flatMap(({ difference, time }) => {
+    if (typeof difference !== "string") return [];
+    const found: Violation = { what: `a scheduler found: ${difference}`, names: [] };
+    return [difference.startsWith("overdue") ? { ...found, overdueMs: Date.parse(String(time)) } : found];
+  });
 }
 
 /** Counts what no total holds yet, and reconciles everything. */
@@ -108,6 +123,8 @@ interface WitnessRow {
   became: string;
   attempts_added: number;
   ms_until_due: number | string;
+  /** By MySQL's clock. */
+  at: Date;
 }
 
 /** The contents of the tables when nothing changes any more. */
@@ -117,15 +134,21 @@ type Entry = Tables["entries"][number];
 
 /** Reads the tables as they are. */
 export async function readTables({ query, database }: TestDatabase) {
-  const { agree } = await compareSums(database, { workMs: 60_000 });
+  const sums = await compareSums(database, { workMs: 60_000 });
   const witness = await query<WitnessRow>("select * from witness order by number");
+  const [now] = await query<{ at: Date }>("select now(3) at");
   return database.run(async ({ drizzle }) => ({
     rows: await drizzle("check_reservations").select().from(pointReservations),
     entries: await drizzle("check_ledger").select().from(pointTransactions),
     balances: await drizzle("check_balances").select().from(pointRoot),
     witness,
-    /** Whether reservations, ledger and balances agree. */
-    agree,
+    /** The time of MySQL's clock. */
+    now: now?.at ?? new Date(),
+    /** Whether reservations, ledger and balances agree; each entry's time is checked apart. */
+    agree:
+      sums.reservations + sums.direct === sums.ledger &&
+      sums.ledger === sums.balances &&
+      sums.balanceMismatches + sums.reservationMismatches === 0,
   }));
 }
 
@@ -133,20 +156,35 @@ interface Context {
   client: Client;
   tables: Tables;
   byKey: Map<string, Row>;
+  struck: readonly Struck[];
+  leaseMs: number;
+  /** The latest time that MySQL's clock has shown, in milliseconds since 1970. */
+  latestMs: number;
   report(what: string, ...names: (string | undefined)[]): void;
 }
 
-/** Compares what the client was told with the tables, and each row with its ledger entry. Returns everything that must not be. */
-export function findViolations(client: Client, tables: Tables): Violation[] {
+/**
+ * Compares what the client was told with the tables, and each row with its ledger entry. Returns everything that must not be.
+ * Whether a grant comes too early is a matter of MySQL's clock, which may have been set ahead meanwhile.
+ */
+export function findViolations(
+  client: Client,
+  tables: Tables,
+  { struck, leaseMs }: { struck: readonly Struck[]; leaseMs: number },
+): Violation[] {
   const violations: Violation[] = [];
   const context: Context = {
     client,
     tables,
     byKey: new Map(tables.rows.map((row) => [row.idempotencyKey, row])),
+    struck,
+    leaseMs,
+    latestMs: tables.witness.reduce((latest, { at }) => Math.max(latest, at.getTime()), tables.now.getTime()),
     report: (what, ...names) => violations.push({ what, names: names.filter((name) => name !== undefined) }),
   };
   for (const { label, what } of client.misanswers) context.report(what, ...label.split(" "));
   checkStates(context);
+  checkScans(context);
   checkReservations(context);
   checkBulks(context);
   checkChanges(context);
@@ -168,15 +206,28 @@ function isLegal({ was, became, attempts_added: added }: WitnessRow): boolean {
   return MAY_BECOME[was]?.includes(became as ReservationStatus) ?? false;
 }
 
-function checkStates({ tables, report }: Context) {
+function checkStates({ tables, struck, report }: Context) {
   for (const row of tables.witness) {
-    const { id, was, became, ms_until_due: ms } = row;
+    const { id, was, became, at, ms_until_due } = row;
+    const ms = Number(ms_until_due);
     if (!isLegal(row)) report(`${was} became ${became}`, id);
-    if (became === "PROCESSING" && Number(ms) > 0) report(`was claimed ${ms} ms before its time`, id);
+    if (became !== "PROCESSING" || ms <= 0 || mayBeSetBack(at.getTime(), at.getTime() + ms, struck)) continue;
+    report(`was claimed ${ms} ms before its time`, id);
   }
 }
 
-function checkReservations({ client, tables, byKey, report }: Context) {
+/** A row that is not over is looked at when it is due, or when a lease ends; after a failure, by the backoff. */
+function checkScans({ tables: { rows, now }, leaseMs, report }: Context) {
+  for (const { id, status, executeAt, scanAt, attempts } of rows) {
+    if ((status !== "PENDING" && status !== "PROCESSING") || attempts > 0) continue;
+    const latestMs = Math.max(executeAt.getTime(), now.getTime() + leaseMs);
+    if (scanAt && scanAt.getTime() <= latestMs) continue;
+    report(`is ${status} and due at ${executeAt.toISOString()}, but looked at ${scanAt?.toISOString()}`, id);
+  }
+}
+
+function checkReservations(context: Context) {
+  const { client, tables, byKey, report } = context;
   const { rows, entries } = tables;
   const byId = new Map(rows.map((row) => [row.id, row]));
   const entriesById = Map.groupBy(entries, ({ reservationId }) => reservationId);
@@ -194,7 +245,7 @@ function checkReservations({ client, tables, byKey, report }: Context) {
     const row = rowOf(reservation);
     if (row) {
       unowned.delete(row);
-      const faults = faultsOf(reservation, row, entriesById.get(row.id) ?? []);
+      const faults = faultsOf(context, { reservation, row, entries: entriesById.get(row.id) ?? [] });
       for (const what of faults) report(what, label, row.id, row.idempotencyKey);
     } else if (id !== undefined) {
       report("a reservation that was answered with 201 does not exist", label, id);
@@ -220,15 +271,24 @@ function hasContent(row: Row, content: Content): boolean {
 }
 
 /** The states that a reservation may have in the end. */
-function endsOf({ cancel }: Reserved, { executeAt, campaign }: Row): ReservationStatus[] {
+function endsOf(
+  { latestMs, tables: { now } }: Context,
+  { cancel }: Reserved,
+  { executeAt, campaign }: Row,
+): ReservationStatus[] {
   if (cancel === "cancelled") return ["CANCELLED"];
-  const isFar = executeAt.getTime() > Date.now() + 3_600_000;
+  const isFar = executeAt.getTime() > now.getTime() + 3_600_000;
   const ends: ReservationStatus[] = [isFar ? "PENDING" : "DONE"];
+  // It was due for a while by a clock that was set ahead; not all were granted by the time that it was set right again.
+  if (isFar && executeAt.getTime() <= latestMs) ends.push("DONE", "PROCESSING");
   // How many of a campaign are cancelled is checked apart.
   return cancel === "unknown" || campaign !== null ? [...ends, "CANCELLED"] : ends;
 }
 
-function faultsOf(reservation: Reserved, row: Row, entries: Entry[]): string[] {
+function faultsOf(
+  context: Context,
+  { reservation, row, entries }: { reservation: Reserved; row: Row; entries: Entry[] },
+): string[] {
   const { contents, cancel, transactionId, key } = reservation;
   const faults: string[] = [];
   const expectThat = (isRight: boolean, what: string) => isRight || faults.push(what);
@@ -238,7 +298,7 @@ function faultsOf(reservation: Reserved, row: Row, entries: Entry[]): string[] {
     contents.some((content) => hasContent(row, content)),
     `is ${JSON.stringify(row)} instead of ${JSON.stringify(contents)}`,
   );
-  const ends = endsOf(reservation, row);
+  const ends = endsOf(context, reservation, row);
   expectThat(ends.includes(status), `is ${status} (${row.lastError}) instead of ${ends.join(" or ")}`);
   expectThat(cancel !== "refused", "could not be cancelled, but not because of its grant");
   expectThat(cancel !== "granted" || status === "DONE", `was told as granted, but is ${status}`);
@@ -249,8 +309,9 @@ function faultsOf(reservation: Reserved, row: Row, entries: Entry[]): string[] {
   for (const entry of entries) {
     const isSame = hasPoints(entry, row) && entry.idempotencyKey === row.idempotencyKey;
     expectThat(isSame, `was granted as ${JSON.stringify(entry)} instead of ${JSON.stringify(row)}`);
+    const isEarly = entry.createdAt < row.executeAt;
     expectThat(
-      entry.createdAt >= row.executeAt,
+      !isEarly || mayBeSetBack(entry.createdAt.getTime(), row.executeAt.getTime(), context.struck),
       `was granted at ${entry.createdAt.toISOString()}, before its time`,
     );
     const isAsTold = transactionId === undefined || entry.id === transactionId;

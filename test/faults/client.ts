@@ -41,6 +41,9 @@ export interface Change {
   userId: string;
   pointAmount: number;
   key: string;
+  /** When it was asked for, and told as done; milliseconds since 1970. */
+  calledMs: number;
+  answeredMs?: number;
   outcome: "changed" | "refused" | "unknown";
 }
 
@@ -61,10 +64,12 @@ const ANSWER_MS = 8_000;
 const USERS = 400;
 /** A tenth of everything goes to these; a worker locks the first one first. */
 export const HOT_USERS = ["HotOne", "HotTwo"];
+/** Some other user. */
+export const userOf = (random: Random) => `User${random.below(USERS)}`;
 /** How far ahead a reservation is due that is to be granted while the client calls. */
 const AHEAD_MS = 8_000;
-/** How far ahead a reservation is due that is never granted. */
-const FAR_MS = 86_400_000;
+/** How far ahead a reservation is due that is not granted, unless MySQL's clock is set a day ahead: then the first one may be. */
+const FAR_MS = [12 * 3_600_000, 30 * 86_400_000];
 
 interface Call {
   label: string;
@@ -148,15 +153,14 @@ export function openClient(world: World, { random, historyFile }: { random: Rand
     }
   }
 
-  const someUser = (hotShare: number) =>
-    random() < hotShare ? random.pick(HOT_USERS) : `User${random.below(USERS)}`;
+  const someUser = (hotShare: number) => (random() < hotShare ? random.pick(HOT_USERS) : userOf(random));
 
   function newReserved(fields: Pick<Reserved, "key" | "campaign" | "bulk"> = {}): Reserved {
     const aheadMs = random.pick([0, 0, 1_000, 3_000, AHEAD_MS, AHEAD_MS]);
     const reserved = {
       userId: someUser(0.1),
       pointAmount: 1 + random.below(100),
-      executeAt: Date.now() + (random() < 0.03 ? FAR_MS : Math.round(random() * aheadMs)),
+      executeAt: Date.now() + (random() < 0.03 ? random.pick(FAR_MS) : Math.round(random() * aheadMs)),
     };
     const reservation: Reserved = {
       label: `r${++number}`,
@@ -293,7 +297,9 @@ export function openClient(world: World, { random, historyFile }: { random: Rand
     const [label, key, userId] = [`p${++number}`, crypto.randomUUID(), someUser(0.2)];
     const isAdd = random() < 0.7;
     const points = 1 + random.below(isAdd ? 50 : 20);
-    const change: Change = { label, key, userId, pointAmount: isAdd ? points : -points, outcome: "unknown" };
+    const pointAmount = isAdd ? points : -points;
+    const calledMs = Date.now();
+    const change: Change = { label, key, userId, pointAmount, calledMs, outcome: "unknown" };
     changes.push(change);
     const answer = await send({
       label,
@@ -302,7 +308,11 @@ export function openClient(world: World, { random, historyFile }: { random: Rand
       // There may be too few points to subtract from, or no balance at all.
       expects: isAdd ? [200] : [200, 400],
     });
-    if (answer) change.outcome = answer.status === 200 ? "changed" : "refused";
+    if (answer)
+      Object.assign(change, {
+        outcome: answer.status === 200 ? "changed" : "refused",
+        answeredMs: Date.now(),
+      });
   }
 
   async function cancelCampaign() {

@@ -1,10 +1,12 @@
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { Option } from "commander";
-import { newCommand, runCommand } from "../../lib/cli/command.ts";
+import { COULD_NOT_RUN, newCommand, runCommand } from "../../lib/cli/command.ts";
 import { install, mustInstall } from "../../lib/dev/install.ts";
 import { progress, settingsGiven, someOf, wholeNumber } from "../harness/tool.ts";
+import { isThere } from "./broker_parts.ts";
 import {
+  findLogged,
   findViolations,
   installWitness,
   keepReconciling,
@@ -13,6 +15,7 @@ import {
   type Violation,
 } from "./check.ts";
 import { type Client, openClient } from "./client.ts";
+import { isAhead } from "./clock_jumps.ts";
 import { KINDS, messageOf } from "./kinds.ts";
 import { kindOf, type Planned, planApart, planFaults } from "./plan.ts";
 import { randomOf } from "./random.ts";
@@ -27,9 +30,7 @@ everything is mended, and what the client was told is compared with the tables.
 
 The servers are a private pair, or those of DATABASE_URL and AMQP_URL if
 START_SERVICES is a command that starts those of them that do not run. Settings
-of the processes, e.g. LEASE_MS=15000, are passed on to them. Linux only.
-
-Exits with 0 if all is right, 1 if something is not, 2 if it could not be tried.`;
+of the processes, e.g. LEASE_MS=15000, are passed on to them. Linux only.`;
 
 const ROOT = join(import.meta.dir, "../..");
 /** How long the client waits for its last answers once everything is mended, in milliseconds. */
@@ -49,7 +50,11 @@ interface Options {
 }
 
 /** Strikes as planned. Leaves out a fault that cannot strike because others have broken what it needs. */
-async function strikeAll(world: World, plan: readonly Planned[], client: Client): Promise<Struck[]> {
+async function strikeAll(
+  world: World,
+  plan: readonly Planned[],
+  { client, isAlone }: { client: Client; isAlone: boolean },
+): Promise<Struck[]> {
   const beginMs = Date.now();
   const struck: Struck[] = [];
   async function strikeOne({ kind: name, atMs, lastsMs, node: place, seed }: Planned) {
@@ -59,8 +64,9 @@ async function strikeAll(world: World, plan: readonly Planned[], client: Client)
     const { reservations } = client;
     const fault = { name, node: kind.entries ? node.name : "", startMs: Date.now() };
     try {
-      await kind.strike({ world, node, lastsMs, random: randomOf(seed), reservations });
-      struck.push({ ...fault, endMs: Date.now() });
+      const random = randomOf(seed);
+      const effect = await kind.strike({ world, node, lastsMs, random, reservations, isAlone });
+      struck.push({ ...fault, ...effect, endMs: Date.now() });
     } catch (error) {
       progress(`${name} ${fault.node} did not strike: ${(error as Error).message}`);
     }
@@ -101,17 +107,37 @@ async function sendStale(world: World, { reservations }: Client): Promise<Violat
   return [];
 }
 
+const BROKER_PARTS = ["hints", "dead letters"] as const;
+const MADE_AGAIN_MS = 10_000;
+
+/** What is missing on RabbitMQ a while after everything was mended. */
+async function findMissing(world: World): Promise<Violation[]> {
+  const schedulers = world.nodes.filter(({ entry }) => entry === "scheduler").length;
+  for (const end = Date.now() + MADE_AGAIN_MS; ; await Bun.sleep(500)) {
+    const missing: string[] = [];
+    for (const part of BROKER_PARTS) if (!(await isThere(world, part))) missing.push(part);
+    const bound = await world.countBindings();
+    if (bound < schedulers) missing.push(`hints for ${schedulers - bound} of ${schedulers} schedulers`);
+    if (missing.length === 0) return [];
+    const what = `RabbitMQ has no ${missing.join(", ")} ${MADE_AGAIN_MS} ms after everything was mended`;
+    if (Date.now() > end) return [{ what, names: [] }];
+  }
+}
+
 /** What each single fault took too long to recover from. */
 function findSlow({ byFault }: Recovery, leaseMs: number): Violation[] {
   return byFault.flatMap(({ name, node, recoveredMs, id = "" }) => {
     const boundMs = (kindOf(name).needsLease ? leaseMs : 0) + RECOVERY_MS;
-    const what = `${name} ${node} was recovered from after ${recoveredMs} ms instead of ${boundMs}`;
+    const what = `${name} ${node}: somebody had to wait ${recoveredMs} ms for it instead of ${boundMs}`;
     return recoveredMs > boundMs ? [{ what, names: [id] }] : [];
   });
 }
 
 /** Breaks everything for as long as planned while the client calls; then mends everything and waits for its last answers. */
-async function breakEverything(world: World, { seconds, seed, only: kinds, apart }: Options) {
+async function breakEverything(world: World, { seconds, seed, only, apart }: Options) {
+  const kinds = only.filter((name) => world.clock || !kindOf(name).needsClock);
+  if (kinds.length < only.length)
+    progress(`left out: ${only.filter((name) => !kinds.includes(name)).join(", ")}`);
   const plan = (apart ? planApart : planFaults)(randomOf(seed), { seconds, kinds, ...world.settings });
   const folder = join(ROOT, ".services", "faults");
   mkdirSync(folder, { recursive: true });
@@ -126,7 +152,7 @@ async function breakEverything(world: World, { seconds, seed, only: kinds, apart
     progress(`${client.reservations.length} reservations, ${calls} calls in ${tries} tries`);
   }, 10_000);
   const calling = client.run({ untilMs, lastMs: LAST_ANSWERS_MS });
-  const struck = await strikeAll(world, plan, client);
+  const struck = await strikeAll(world, plan, { client, isAlone: apart });
   await Bun.sleep(Math.max(0, untilMs - Date.now()));
   await world.heal();
   await calling;
@@ -144,18 +170,20 @@ async function runIn(world: World, options: Options): Promise<number> {
   const { client, struck, historyFile, seconds } = await breakEverything(world, options);
 
   const violations = await untilAtRest(world, leaseMs + 2 * scanMs);
+  violations.push(...(await findMissing(world)));
   violations.push(...(await sendStale(world, client)));
   over.abort();
   const { runs: reconciliations, violations: differences } = await reconciling;
-  violations.push(...differences, ...(await reconcileAll(test, { leaseMs })));
-  const tables = await readTables(test);
-  violations.push(...findViolations(client, tables));
-  for (const node of world.nodes) node.checkConfirmed();
-  const logs = world.logs();
   // The schedulers reconcile as well.
-  const logged = logs.flatMap(({ difference }) => (difference ? [`a scheduler found: ${difference}`] : []));
-  violations.push(...[...misdeeds, ...logged].map((what) => ({ what, names: [] })));
-  const recovery = recoveryOf(tables, struck);
+  const logs = world.logs();
+  const found = [...differences, ...findLogged(logs)];
+  violations.push(...found.filter(({ overdueMs = 0 }) => !isAhead(overdueMs, struck)));
+  violations.push(...(await reconcileAll(test, { leaseMs })));
+  const tables = await readTables(test);
+  violations.push(...findViolations(client, tables, { struck, leaseMs }));
+  for (const node of world.nodes) node.checkConfirmed();
+  violations.push(...misdeeds.map((what) => ({ what, names: [] })));
+  const recovery = recoveryOf(tables, { struck, changes: client.changes });
   if (options.apart) violations.push(...findSlow(recovery, leaseMs));
 
   const evidence = { tables, struck, historyFile, logs };
@@ -193,14 +221,15 @@ async function runIn(world: World, options: Options): Promise<number> {
 
 async function run(options: Options): Promise<number> {
   progress(`seed ${options.seed}; starting MySQL, RabbitMQ and 7 processes`);
-  const world = await openWorld(settingsGiven());
+  const needsClock = options.only.some((name) => kindOf(name).needsClock);
+  const world = await openWorld(settingsGiven(), { needsClock, say: progress });
   let closing: Promise<void> | undefined;
   function close() {
     closing ??= world[Symbol.asyncDispose]();
     return closing;
   }
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
-    process.once(signal, () => close().then(() => process.exit(2)));
+    process.once(signal, () => close().then(() => process.exit(COULD_NOT_RUN)));
   }
   try {
     return await runIn(world, options);
@@ -212,7 +241,7 @@ async function run(options: Options): Promise<number> {
 const names = Object.keys(KINDS);
 const plants = Object.keys(PLANTS);
 const parsePlants = (text: string) => (text === "all" ? plants : someOf(plants)(text));
-const command = newCommand("faults", DESCRIPTION)
+const command = newCommand("faults", DESCRIPTION, { no: "if something is not right" })
   .option("--seconds <n>", "how long it lasts", wholeNumber(5), 120)
   .option("--seed <n>", "the same seed makes the same plan of faults", wholeNumber(0), Date.now() % 1e9)
   .addOption(
@@ -225,7 +254,6 @@ const command = newCommand("faults", DESCRIPTION)
   .option("--sabotage <bugs>", "plant bugs, `all` or names with commas: each must be caught", parsePlants);
 await runCommand<Options>(command, {
   what: "run the faults",
-  failed: 2,
   async run(options) {
     // Servers of its own, which may be killed.
     if (!Bun.env.START_SERVICES && mustInstall()) await install({ say: progress });

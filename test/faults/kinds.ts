@@ -1,42 +1,14 @@
 import type { Channel } from "amqplib";
-import { createConnection, type RowDataPacket } from "mysql2/promise";
 import { withDeadline } from "../../lib/loop.ts";
 import { decodeMessage, type ReservationMessage } from "../../lib/reservations/message.ts";
 import { until } from "../harness/harness.ts";
 import type { Entry } from "../harness/processes.ts";
 import type { Moment, TcpProxy } from "../harness/proxy.ts";
-import { HOT_USERS, type Reserved } from "./client.ts";
+import type { Reserved } from "./client.ts";
+import { type Kind, lasting, type Strike } from "./kind.ts";
 import type { Node, WayOfRunning } from "./node.ts";
 import type { Random } from "./random.ts";
-import type { World } from "./world.ts";
-
-/** What a fault is given to strike with. */
-export interface Strike {
-  world: World;
-  /** The process that it strikes, if it strikes one. */
-  node: Node;
-  /** How long it lasts, in milliseconds. */
-  lastsMs: number;
-  random: Random;
-  /** What clients have reserved so far. */
-  reservations: readonly Reserved[];
-}
-
-/** One kind of fault. */
-export interface Kind {
-  /** The processes that it may strike, one at a time; undefined if it strikes servers, the queue or rows. */
-  entries?: readonly Entry[];
-  /** Two faults on the same thing never overlap. `process`, `mysql`, `amqp` and `http` are the struck node's. */
-  takes: "process" | "mysql" | "amqp" | "http" | "MySQL" | "RabbitMQ" | "queue" | "rows";
-  /** From … to, in milliseconds; `lease`: a little longer than the lease. */
-  lasts: readonly [number, number] | "lease";
-  /** How often it comes, compared with the others. Default: 2. */
-  weight?: number;
-  /** Whether it can lose a claim or a message, so that only the end of the lease brings a reservation again. */
-  needsLease: boolean;
-  /** Breaks something, and mends it before it resolves. */
-  strike(strike: Strike): Promise<void>;
-}
+import { SERVER_KINDS } from "./server_kinds.ts";
 
 type Line = "mysql" | "amqp" | "http";
 
@@ -44,18 +16,6 @@ const ALL: readonly Entry[] = ["api", "scheduler", "worker"];
 const HOUR_MS = 3_600_000;
 const MOMENTS: readonly Moment[] = ["unsent", "sent", "answered"];
 const PERSISTENT = { persistent: true };
-
-/** Breaks something, and mends it when the fault's time is over. */
-function lasting(act: (isBroken: boolean, strike: Strike) => unknown): Kind["strike"] {
-  return async (strike) => {
-    try {
-      await act(true, strike);
-      await Bun.sleep(strike.lastsMs);
-    } finally {
-      await act(false, strike);
-    }
-  };
-}
 
 async function endLife(node: Node, next?: Parameters<Node["strike"]>[1]) {
   const service = node.service();
@@ -246,31 +206,6 @@ async function takeMessages({ channel, world, lastsMs }: Tampering): Promise<Buf
   return taken;
 }
 
-type Run = (sql: string, values?: unknown[]) => Promise<unknown>;
-
-/** What somebody does to rows, in a session without our code. */
-function onRows(
-  { lasts, weight }: Required<Pick<Kind, "lasts" | "weight">>,
-  act: (run: Run, strike: Strike) => Promise<void>,
-): Kind {
-  return {
-    takes: "rows",
-    lasts,
-    weight,
-    needsLease: true,
-    async strike(strike) {
-      const session = await createConnection({ uri: strike.world.test.url, connectTimeout: 2_000 });
-      // Another fault may kill the server meanwhile.
-      session.on("error", () => {});
-      try {
-        await act((sql, values) => session.query<RowDataPacket[]>(sql, values), strike);
-      } finally {
-        session.destroy();
-      }
-    },
-  };
-}
-
 const ZONES = ["Asia/Tokyo", "America/New_York", "Asia/Kolkata"];
 
 /** Every kind of fault, by its name. */
@@ -367,28 +302,8 @@ export const KINDS: Record<string, Kind> = {
     }
     send(Buffer.alloc(1 + random.below(500_000), "x"));
   }, false),
-  deadlock: onRows({ lasts: [1_000, 3_000], weight: 3 }, async (run, { random, lastsMs }) => {
-    const touch = "update point_root set updated_at = updated_at where user_id = ?";
-    await run("create table if not exists weight (n int)");
-    for (const end = performance.now() + lastsMs; performance.now() < end; await Bun.sleep(20)) {
-      await run("begin");
-      // MySQL gives up the transaction that has changed less: this one must survive.
-      await run("insert into weight values ?", [Array.from({ length: 2_000 }, (_, n) => [n])]);
-      await run(touch, [HOT_USERS[1]]);
-      await Bun.sleep(random.between([20, 100]));
-      // Against the order of the workers: who holds the first and waits for the second is in a deadlock now.
-      await run(touch, [HOT_USERS[0]]);
-      await run("rollback");
-    }
-  }),
-  // Longer than anybody waits for a lock.
-  "rows-locked": onRows({ lasts: [5_500, 7_000], weight: 1 }, async (run, { lastsMs }) => {
-    await run("begin");
-    await run("select 1 from point_root where user_id in (?) for update", [HOT_USERS]);
-    await Bun.sleep(lastsMs);
-    await run("rollback");
-  }),
   "clock-ahead": lifeOf(() => ({ clockOffMs: HOUR_MS })),
   "clock-behind": lifeOf(() => ({ clockOffMs: -HOUR_MS })),
   "time-zone": lifeOf((random) => ({ timeZone: random.pick(ZONES) })),
+  ...SERVER_KINDS,
 };

@@ -1,4 +1,5 @@
-import { KINDS, type Kind } from "./kinds.ts";
+import type { Kind } from "./kind.ts";
+import { KINDS } from "./kinds.ts";
 import type { Random } from "./random.ts";
 import { NODES } from "./world.ts";
 

@@ -1,6 +1,8 @@
 import { readFile } from "node:fs/promises";
 import type { Tables, Violation } from "./check.ts";
-import type { Client } from "./client.ts";
+import type { Change, Client } from "./client.ts";
+import { rightMsOf } from "./clock_jumps.ts";
+import type { Effect } from "./kind.ts";
 
 interface Period {
   /** Milliseconds since 1970. */
@@ -9,7 +11,7 @@ interface Period {
 }
 
 /** A fault that struck. */
-export interface Struck extends Period {
+export interface Struck extends Period, Effect {
   name: string;
   /** The process that it struck; empty if none. */
   node: string;
@@ -23,27 +25,42 @@ export interface Recovery {
   byFault: (Struck & { recoveredMs: number; id?: string })[];
 }
 
-/** Measures how soon reservations were granted once nothing was broken. */
+/** Measures how soon reservations were granted once nothing was broken, or by a fault that did not concern them. */
 export function recoveryOf(
   { rows, entries }: Pick<Tables, "rows" | "entries">,
-  struck: readonly Struck[],
+  { struck, changes }: { struck: readonly Struck[]; changes: readonly Change[] },
 ): Recovery {
+  const rightMs = (time: Date | null) => (time ? rightMsOf(time.getTime(), struck) : 0);
   const grantedAt = new Map(entries.map(({ reservationId, createdAt }) => [reservationId, createdAt]));
   const broken = mergePeriods(struck);
   const recovery: Recovery = {
     slowestMs: 0,
     byFault: struck.map((fault) => ({ ...fault, recoveredMs: 0 })),
   };
-  for (const { id, executeAt, createdAt } of rows) {
+
+  /** Notes how long something took after the fault, or from when it was due if the fault should not have concerned it. */
+  function note(id: string, { userId, dueMs, doneMs }: { userId: string; dueMs: number; doneMs: number }) {
+    const last = recovery.byFault.findLast(({ startMs }) => startMs <= doneMs);
+    if (!last) return;
+    const isSpared = last.held && ![id, userId].some((name) => last.held?.includes(name));
+    const recoveredMs = doneMs - Math.max(dueMs, isSpared ? last.startMs : last.endMs);
+    if (recoveredMs > last.recoveredMs) Object.assign(last, { recoveredMs, id });
+  }
+
+  for (const { id, userId, executeAt, createdAt, changedAt } of rows) {
     // A client that could not reach an API for minutes reserves what was due minutes ago.
-    const dueMs = Math.max(executeAt.getTime(), createdAt.getTime());
-    const doneMs = grantedAt.get(id)?.getTime();
-    if (doneMs === undefined) continue;
+    const dueMs = Math.max(executeAt.getTime(), rightMs(createdAt), rightMs(changedAt));
+    const granted = grantedAt.get(id);
+    if (granted === undefined) continue;
+    const doneMs = rightMs(granted);
     const waitedMs = doneMs - dueMs - brokenMsWithin(broken, { startMs: dueMs, endMs: doneMs });
     if (waitedMs > recovery.slowestMs) Object.assign(recovery, { slowestMs: waitedMs, slowestId: id });
-    const last = recovery.byFault.findLast(({ startMs }) => startMs <= doneMs);
-    const recoveredMs = last ? doneMs - Math.max(dueMs, last.endMs) : 0;
-    if (last && recoveredMs > last.recoveredMs) Object.assign(last, { recoveredMs, id });
+    note(id, { userId, dueMs, doneMs });
+  }
+  for (const { label, userId, calledMs, answeredMs = 0 } of changes) {
+    const last = struck.findLast(({ startMs }) => startMs <= answeredMs);
+    // How soon a client tries again after other faults is its own affair.
+    if (last?.held) note(label, { userId, dueMs: calledMs, doneMs: answeredMs });
   }
   return recovery;
 }

@@ -1,12 +1,12 @@
-import { readFileSync, readlinkSync } from "node:fs";
 import { connect } from "amqplib";
-import { runCommand } from "../../lib/dev/processes.ts";
-import { createTestDatabase } from "../harness/database.ts";
+import { createTestDatabase, type TestDatabase } from "../harness/database.ts";
 import { uniqueName } from "../harness/harness.ts";
-import { listenerOf } from "../harness/listener.ts";
 import { deleteQueue } from "../harness/queue.ts";
+import { rabbitmqctl } from "../harness/rabbitmqctl.ts";
 import { openRestartable } from "../harness/restartable.ts";
+import { openDatabaseClock } from "./database_clock.ts";
 import { openNode } from "./node.ts";
+import { openSession, WORST_SETTINGS } from "./session.ts";
 
 /** The processes under test, by their place in `World.nodes`. */
 export const NODES = ["api", "api", "scheduler", "scheduler", "worker", "worker", "worker"] as const;
@@ -24,14 +24,34 @@ const DEFAULTS = {
   QUEUED_RESERVATIONS: "2000",
 };
 const READY_MS = 60_000;
-const ALARM_MS = 20_000;
 
-/** Starts servers, a database, a queue and the processes under test on them. */
-export async function openWorld(settings: Record<string, string>) {
-  const restartable = await openRestartable();
+/**
+ * Starts servers, a database, a queue and the processes under test on them.
+ *
+ * @param options.needsClock whether MySQL's clock will be set; if that is not possible, `clock` is undefined
+ */
+export async function openWorld(
+  settings: Record<string, string>,
+  { needsClock, say }: { needsClock: boolean; say: (line: string) => void },
+) {
+  // If it cannot be opened, what it has started must end all the same.
+  await using opened = new AsyncDisposableStack();
+  const restartable = opened.use(await openRestartable());
   const { databaseUrl, amqpUrl, servers } = restartable;
+  async function tryClock() {
+    try {
+      return opened.use(await openDatabaseClock(servers[0], { url: databaseUrl, say }));
+    } catch (error) {
+      say(`MySQL's clock stays as it is: ${(error as Error).message}`);
+      return undefined;
+    }
+  }
+  const clock = needsClock ? await tryClock() : undefined;
   const test = await createTestDatabase({ server: databaseUrl });
+  opened.defer(test.drop);
+  const account = opened.use(await createAccount(test));
   const queueName = uniqueName("faults");
+  opened.defer(() => deleteQueue(queueName, amqpUrl).catch(() => undefined));
   const env = { ...DEFAULTS, ...settings, QUEUE: queueName };
   /** What a process did that none may do, whatever is broken around it. */
   const misdeeds: string[] = [];
@@ -40,13 +60,20 @@ export async function openWorld(settings: Record<string, string>) {
   const nodes = await Promise.all(
     NODES.map((entry, place) => {
       const name = `${entry}-${place - NODES.indexOf(entry) + 1}`;
-      return openNode(entry, { name, env, urls: [test.url, amqpUrl], misdeeds });
+      return openNode(entry, { name, env, urls: [account.url, amqpUrl], misdeeds });
     }),
   );
+  opened.defer(async () => void (await Promise.all(nodes.map((node) => node.stop()))));
+  const closing = new AsyncDisposableStack();
   const world = {
     test,
     queueName,
     servers,
+    /** Sets MySQL's clock; undefined if it cannot be set here. */
+    clock,
+    /** MySQL's user that the processes under test are, and their URL; the tests themselves are an administrator. */
+    account: account.name,
+    processUrl: account.url,
     nodes,
     settings: { leaseMs: Number(env.LEASE_MS), scanMs: Number(env.SCAN_INTERVAL_MS) },
     misdeeds,
@@ -62,10 +89,23 @@ export async function openWorld(settings: Record<string, string>) {
       channel.on("error", () => {});
       return { channel, [Symbol.asyncDispose]: () => connection.close().catch(() => undefined) };
     },
+    /** Opens a session as an administrator has one, without our code. */
+    openSession: () => openSession(test.url),
+    /** Gives MySQL back its settings, and the processes their account. */
+    mendMysql: account.mend,
     /** Switches RabbitMQ's memory alarm: nobody may publish while it is on. */
-    setAlarm: (isOn: boolean) => setAlarm(amqpUrl, isOn),
-    /** Mends every connection, and waits until every process runs in the ordinary way and is ready. */
+    async setAlarm(isOn: boolean): Promise<void> {
+      await rabbitmqctl(amqpUrl, "set_vm_memory_high_watermark", isOn ? "0" : "0.4");
+    },
+    /** How many queues get each hint. */
+    async countBindings(): Promise<number> {
+      const output = await rabbitmqctl(amqpUrl, "list_bindings", "source_name");
+      return output.split("\n").filter((line) => line.trim() === `${queueName}.hints`).length;
+    },
+    /** Mends the servers and every connection, and waits until every process runs in the ordinary way and is ready. */
     async heal(): Promise<void> {
+      await clock?.set(0);
+      await account.mend();
       for (const node of nodes) {
         node.strike("SIGCONT");
         for (const proxy of [node.mysql, node.amqp, node.http]) proxy.slow();
@@ -79,36 +119,61 @@ export async function openWorld(settings: Record<string, string>) {
         return;
       }
     },
-    async [Symbol.asyncDispose](): Promise<void> {
-      await Promise.all(nodes.map((node) => node.stop()));
-      await Promise.allSettled([deleteQueue(queueName, amqpUrl), test.drop()]);
-      await restartable[Symbol.asyncDispose]();
-    },
+    [Symbol.asyncDispose]: () => closing.disposeAsync(),
   };
   await world.heal();
-  if (misdeeds.length === 0) return world;
+  if (misdeeds.length === 0) {
+    closing.use(opened.move());
+    return world;
+  }
   const log = world
     .logs()
     .slice(-20)
     .map((line) => JSON.stringify(line))
     .join("\n");
-  await world[Symbol.asyncDispose]();
   throw new Error(`Cannot start: ${misdeeds.join("; ")}\n${log}`);
 }
 
-/** Uses the `rabbitmqctl` of the very server, as an operator does. Linux only. */
-async function setAlarm(amqpUrl: string, isOn: boolean): Promise<void> {
-  const pid = listenerOf(amqpUrl);
-  if (pid === undefined) throw new Error("RabbitMQ does not run");
-  const needed = /^(HOME|PATH|LANG|ERL_EPMD_\w+|RABBITMQ_(NODENAME|CONF_ENV_FILE|CONFIG_FILE|MNESIA_BASE))=/;
-  const environment = readFileSync(`/proc/${pid}/environ`, "utf8").split("\0");
-  // A server may live in a root folder of its own.
-  const root = readlinkSync(`/proc/${pid}/root`);
-  const ctl = 'exec "$(ls /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmqctl | head -n 1)" "$@"';
-  const inPlace = ["env", "-i", ...environment.filter((pair) => needed.test(pair)), "chroot", root];
-  const { code, output } = await runCommand(
-    [...inPlace, "sh", "-c", ctl, "sh", "set_vm_memory_high_watermark", isOn ? "0" : "0.4"],
-    { timeoutMs: ALARM_MS },
-  );
-  if (code !== 0) throw new Error(`rabbitmqctl ended with ${code}: ${output}`);
+/** Makes a user of MySQL with the rights that README names and no more: an administrator's rights bypass `read_only`. */
+async function createAccount({ url: adminUrl, name: database }: TestDatabase) {
+  const name = uniqueName("faults");
+  const { href: url } = Object.assign(new URL(adminUrl), { username: name, password: "faults" });
+  async function asAdmin(statements: [sql: string, values: unknown[]][]) {
+    await using session = await openSession(adminUrl);
+    const results: Record<string, string>[][] = [];
+    for (const [sql, values] of statements) results.push(await session.run(sql, values));
+    return results;
+  }
+  const settings = Object.keys(WORST_SETTINGS);
+  // A number of 64 bits stays what it is as a text.
+  const literalOf = (value = "") => (/^\d+$/.test(value) ? value : `'${value}'`);
+  const [[before = {}] = []] = await asAdmin([
+    [`select ${settings.map((setting) => `concat(@@global.${setting}) ${setting}`).join(", ")}`, []],
+    ["create user ?@'%' identified by 'faults'", [name]],
+    // Not by GRANT: an administrator with all privileges does not have that right by itself.
+    [
+      `insert into mysql.db (Host, Db, User, Select_priv, Insert_priv, Update_priv, Delete_priv)
+        values ('%', ?, ?, 'Y', 'Y', 'Y', 'Y')`,
+      [database.replaceAll("_", "\\_"), name],
+    ],
+    ["flush privileges", []],
+  ]);
+  return {
+    name,
+    url,
+    /** Gives MySQL back the settings that it had, and the user the right to log in. */
+    async mend() {
+      await asAdmin([
+        ["set global read_only = 0", []],
+        ["alter user ?@'%' account unlock", [name]],
+        ...settings.map((setting): [string, unknown[]] => [
+          `set global ${setting} = ${literalOf(before[setting])}`,
+          [],
+        ]),
+      ]);
+    },
+    async [Symbol.asyncDispose]() {
+      await asAdmin([["drop user ?@'%'", [name]]]);
+    },
+  };
 }

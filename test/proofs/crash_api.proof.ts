@@ -93,13 +93,13 @@ const VERBS: Record<string, Verb> = {
   "cancel (fault 20)": {
     prepare: () => requestAbout("PENDING", { method: "DELETE" }),
     states: [{ PENDING: 1 }, { CANCELLED: 1 }],
-    work: "begin cancel_reservation find_details commit!",
+    work: "begin lock_reservation cancel_reservation find_details commit!",
     status: 200,
   },
   "retry (fault 5)": {
     prepare: () => requestAbout("FAILED", { method: "POST", what: "/retry" }),
     states: [{ FAILED: 1 }, { PENDING: 1 }],
-    work: "begin retry_reservation find_details commit!",
+    work: "begin lock_reservation retry_reservation find_details commit!",
     status: 200,
     // It says that the reservation is PENDING: it was retried.
     again: 409,
@@ -110,7 +110,10 @@ const VERBS: Record<string, Verb> = {
       { points: null, entries: 0 },
       { points: 30, entries: 1 },
     ],
-    work: "begin lock_balances find_locked find_changes insert_ledger_entries upsert_balances commit!",
+    work: [
+      "begin lock_balances commit read_uncommitted find_begun_balances",
+      "begin lock_balances find_changes insert_ledger_entries upsert_balances commit!",
+    ].join(" "),
     status: 200,
     saysReplayed: true,
   },
@@ -153,7 +156,11 @@ const VERBS: Record<string, Verb> = {
       };
     },
     states: [{ PENDING: MANY }, { PENDING: 1, CANCELLED: MANY - 1 }, { CANCELLED: MANY }],
-    work: "find_open_of_campaign cancel_reservations! find_open_of_campaign cancel_reservations! find_open_of_campaign count_campaign",
+    work: [
+      "begin lock_open_of_campaign cancel_reservations commit!",
+      "begin lock_open_of_campaign cancel_reservations commit!",
+      "begin lock_open_of_campaign commit count_campaign",
+    ].join(" "),
     status: 200,
   },
 };

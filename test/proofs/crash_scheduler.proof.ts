@@ -11,7 +11,7 @@ const { pipeline, proxies, runner } = await openCrashing("scheduler", {
 await pipeline.start("worker");
 let count = 0;
 
-// A scan that finds nothing commits too: only the COMMIT behind the UPDATE is the claim's.
+// A claim that finds everything locked commits too: only the COMMIT behind the UPDATE is that of a claim.
 const COMMIT = () => command("commit", { after: "mark_processing" });
 const publish = (nth: number) => command("basic.publish", { nth });
 

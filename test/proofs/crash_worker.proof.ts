@@ -73,9 +73,10 @@ function curse({ id }: Reservation, attempts: number) {
 }
 
 const TOGETHER = "begin lock_reservations mark_done insert_ledger_entries";
-const LOOK = "begin lock_reservations find_grant_entry";
-const ALONE = `${LOOK} mark_done insert_ledger_entries`;
-const RECORD = "begin lock_reservations";
+/** One alone whose user has a balance, and one whose user has none. */
+const ALONE = "begin lock_free mark_done insert_ledger_entries";
+const ALONE_NEW = `begin lock_free commit read_uncommitted find_begun_balances ${TOGETHER}`;
+const LOOK = "rollback begin lock_free find_grant_entry";
 
 /** One message that a worker gets. */
 interface Case {
@@ -101,10 +102,10 @@ const CASES: Record<string, Case> = {
       [GRANTED, { ...FULL, ...FAILED }, GRANTED],
     ],
     work: [
-      `${TOGETHER} upsert_balances`,
-      `${ALONE} upsert_balances commit!`,
-      `${ALONE} upsert_balances ${RECORD} mark_failed commit!`,
-      `${ALONE} upsert_balances commit!`,
+      `${TOGETHER} upsert_balances rollback`,
+      `${ALONE_NEW} upsert_balances commit!`,
+      `${ALONE} upsert_balances ${LOOK} mark_failed commit!`,
+      `${ALONE_NEW} upsert_balances commit!`,
     ].join(" "),
   },
   "one whose key the ledger has with other content (fault 28)": {
@@ -113,7 +114,7 @@ const CASES: Record<string, Case> = {
       await setBalance(reservation, 99n);
     },
     states: [[{ ...CLAIMED, entries: 1, points: 99 }], [{ ...CLAIMED, ...FAILED, entries: 1, points: 99 }]],
-    work: `${TOGETHER} ${LOOK} mark_failed commit!`,
+    work: `${TOGETHER} rollback ${ALONE} ${LOOK} mark_failed commit!`,
   },
   "one that the ledger has with the same content (fault 24)": {
     async prepare(reservation) {
@@ -121,17 +122,17 @@ const CASES: Record<string, Case> = {
       await setBalance(reservation, 100n);
     },
     states: [[{ ...CLAIMED, entries: 1, points: 100 }], [GRANTED]],
-    work: `${TOGETHER} ${LOOK} mark_done commit!`,
+    work: `${TOGETHER} rollback ${ALONE} ${LOOK} mark_done commit!`,
   },
   "one that fails by itself, to be tried again (fault 30)": {
     prepare: (reservation) => curse(reservation, 0),
     states: [[CLAIMED], [{ ...CLAIMED, status: "PENDING", attempts: 1 }]],
-    work: `${TOGETHER} ${ALONE} ${RECORD} schedule_retry commit!`,
+    work: `${TOGETHER} rollback ${ALONE_NEW} ${LOOK} schedule_retry commit!`,
   },
   "one that fails by itself, the last time (fault 30)": {
     prepare: (reservation) => curse(reservation, 9),
     states: [[{ ...CLAIMED, attempts: 9 }], [{ ...CLAIMED, status: "FAILED", attempts: 10 }]],
-    work: `${TOGETHER} ${ALONE} ${RECORD} mark_failed commit!`,
+    work: `${TOGETHER} rollback ${ALONE_NEW} ${LOOK} mark_failed commit!`,
   },
 };
 

@@ -1,8 +1,5 @@
 import { beforeEach, describe, expect, test } from "bun:test";
-import type { Database } from "../../lib/database.ts";
 import {
-  claimDue,
-  findNextScan,
   lockReservations,
   markDone,
   markFailed,
@@ -10,11 +7,10 @@ import {
 } from "../../lib/reservations/claim_repository.ts";
 import type { Reservation } from "../../lib/reservations/reservation.ts";
 import { findReservation, type ReservationDetails } from "../../lib/reservations/reservation_queries.ts";
-import { RESERVATION_STATUSES } from "../../lib/schema.ts";
+import { claimDue } from "../../lib/reservations/scan_repository.ts";
 import { emptyTables, openTestDatabase } from "../harness/database.ts";
 import { insertReservation, insertReservations, type RowFields, reservationOf } from "../harness/fixtures.ts";
 import { openFrozen } from "../harness/frozen.ts";
-import { inOrder } from "../harness/orders.ts";
 
 const db = await openTestDatabase();
 beforeEach(() => emptyTables(db));
@@ -53,95 +49,22 @@ async function insertMany(count: number): Promise<string[]> {
   return idsOf(ordered);
 }
 
-describe("claimDue()", () => {
-  test("gives what is due as PROCESSING, with its lateness, and not what is due a millisecond later (fault 6)", async () => {
-    const late = await insertDueAt(-1_500, { campaign: "summer" });
-    const now = await insertDueAt(0);
-    const { id: future } = await insertDueAt(1);
-    await using frozen = await openFrozen(db, midday());
-    expect(await claimDue(frozen, LEASE)).toEqual([
-      { ...late, lateMs: 1_500 },
-      { ...now, lateMs: 0 },
-    ]);
-    const claimed = { status: "PROCESSING", scanAt: midday(60_000), attempts: 0 } as const;
-    expect(await detailsOf(late.id, "status", "scanAt", "attempts")).toEqual(claimed);
-    expect(await detailsOf(future, "status", "scanAt")).toEqual({ status: "PENDING", scanAt: midday(1) });
-  });
-
-  test("takes in the order of scan_at, then of id, up to the limit", async () => {
-    const tied = [await insertDueAt(-5), await insertDueAt(-5), await insertDueAt(-5)];
-    const oldest = await insertDueAt(-7, { scanAt: midday(-6) });
-    const last = await insertDueAt(-9, { scanAt: midday(-1) });
-    await using frozen = await openFrozen(db, midday());
-    const order: string[] = [];
-    for (const limit of [2, 2, 2]) order.push(...idsOf(await claimDue(frozen, { ...LEASE, limit })));
-    expect(order).toEqual([oldest.id, ...idsOf(tied).toSorted(), last.id]);
-    expect(await claimDue(frozen, LEASE)).toEqual([]);
-  });
-
-  test("gives a claim's rows again once its lease has ended, and not before", async () => {
-    const over = await insertDueAt(-2_000);
-    const open = await insertDueAt(-1_000);
-    await using frozen = await openFrozen(db, midday());
-    expect(idsOf(await claimDue(frozen, { limit: 1, leaseMs: 5_000 }))).toEqual([over.id]);
-    expect(idsOf(await claimDue(frozen, { limit: 1, leaseMs: 5_001 }))).toEqual([open.id]);
-    expect(await claimDue(frozen, LEASE)).toEqual([]);
-    await using later = await openFrozen(db, midday(5_000));
-    expect(await claimDue(later, LEASE)).toEqual([{ ...over, lateMs: 0 }]);
-    expect(await detailsOf(open.id, "scanAt")).toEqual({ scanAt: midday(5_001) });
-  });
-
-  test("leaves rows that another scheduler holds, and takes those behind them (fault 10)", async () => {
-    const [first, second, third, ...others] = (await insertMany(5)) as [string, string, string];
-    await db.database.transaction(async (transaction) => {
-      await lockReservations(transaction, [first, third]);
-      expect(idsOf(await claimDue(db.database, LEASE))).toEqual([second, ...others]);
-    });
-    expect(idsOf(await claimDue(db.database, LEASE))).toEqual([first, third]);
-  });
-
-  test("locks only what it takes: a claim beside one that is open gets the next rows (fault 18)", async () => {
-    const ids = await insertMany(1_000);
-    await db.query("analyze table point_reservations");
-    // So many of so many that MariaDB would rather read, and lock, the whole table.
-    const claim = (database: Database) => claimDue(database, { ...LEASE, limit: 400 });
-    const parts = await inOrder(db, { first: claim, heldAt: "mark_processing", second: claim });
-    expect(parts.map(idsOf)).toEqual([ids.slice(0, 400), ids.slice(400, 800)]);
-    expect(idsOf(await claimDue(db.database, LEASE))).toEqual(ids.slice(800));
-  });
-
-  test("never takes a reservation that is over (fault 17)", async () => {
-    for (const status of ["DONE", "FAILED", "CANCELLED"] as const) await insertReservation(db, { status });
-    expect(await claimDue(db.database, LEASE)).toEqual([]);
-  });
-
-  test.each(RESERVATION_STATUSES)(
-    "can rely on the table: scan_at of %s is null if, and only if, it is over",
-    async (status) => {
-      const isOpen = status === "PENDING" || status === "PROCESSING";
-      const wrong = insertReservation(db, { status, scanAt: isOpen ? null : midday() });
-      await expect(wrong).rejects.toThrow("MySQL failed with");
-      await insertReservation(db, { status });
-    },
-  );
-});
-
-describe("findNextScan()", () => {
-  test("gives undefined if nothing waits", async () => {
-    await insertReservation(db, { status: "DONE" });
-    expect((await findNextScan(db.database)).inMs).toBeUndefined();
-  });
-
-  test.each([1_500, 1, 0, -1, -2_500])("gives %d ms to the row that is next", async (offsetMs) => {
-    await insertDueAt(offsetMs);
-    await insertDueAt(offsetMs + 1);
-    await insertDueAt(-10_000, { status: "PROCESSING", scanAt: midday(86_400_000) });
-    await using frozen = await openFrozen(db, midday());
-    expect(await findNextScan(frozen)).toEqual({ inMs: offsetMs, nowMs: midday().getTime() });
-  });
-});
-
 describe("lockReservations()", () => {
+  test.each<[string, number, number, number | null]>([
+    ["its time", -1_000, -2_000, null],
+    ["its creation", -2_000, -1_000, null],
+    ["its last change", -3_000, -2_000, -1_000],
+  ])("counts lateness from %s, if that was last", async (_, dueMs, createdMs, changedMs) => {
+    const { id } = await insertDueAt(dueMs);
+    await db.query("update point_reservations set created_at = ?, changed_at = ?", [
+      midday(createdMs),
+      changedMs && midday(changedMs),
+    ]);
+    await using frozen = await openFrozen(db, midday());
+    const rows = await frozen.transaction((transaction) => lockReservations(transaction, [id]));
+    expect(rows).toMatchObject([{ lateMs: 1_000 }]);
+  });
+
   test("gives the rows in the order of their ids, due by the database's clock to the millisecond", async () => {
     const future = await insertDueAt(1);
     const now = await insertDueAt(0, { status: "PROCESSING" });
@@ -150,7 +73,7 @@ describe("lockReservations()", () => {
     const ids = [past.id, reservationOf().id, future.id, now.id];
     const rows = await frozen.transaction((transaction) => lockReservations(transaction, ids));
     expect(rows).toEqual([
-      { ...fieldsOf(future), status: "PENDING", isDue: false, lateMs: -1 },
+      { ...fieldsOf(future), status: "PENDING", isDue: false, lateMs: 0 },
       { ...fieldsOf(now), status: "PROCESSING", isDue: true, lateMs: 0 },
       { ...fieldsOf(past), status: "DONE", isDue: true, lateMs: 1 },
     ]);

@@ -1,7 +1,6 @@
 import { beforeEach, expect, test } from "bun:test";
 import { type Database, openDatabase } from "../../lib/database.ts";
 import { findBalance } from "../../lib/points/balance_queries.ts";
-import { claimDue } from "../../lib/reservations/claim_repository.ts";
 import type { Reservation } from "../../lib/reservations/reservation.ts";
 import { findReservation } from "../../lib/reservations/reservation_queries.ts";
 import {
@@ -10,10 +9,11 @@ import {
   patchReservation,
   retryReservation,
 } from "../../lib/reservations/reservation_repository.ts";
+import { claimDue } from "../../lib/reservations/scan_repository.ts";
 import type { ReservationStatus } from "../../lib/schema.ts";
 import { emptyTables, openTestDatabase, untilRunning } from "../harness/database.ts";
 import { insertReservation } from "../harness/fixtures.ts";
-import { inOrder } from "../harness/orders.ts";
+import { inOrder, openWatched } from "../harness/orders.ts";
 import { expectAgreement, processReservations } from "../harness/pipeline.ts";
 
 // Two who want to change the same reservation at the same moment: either may come first, and the other one finds what the
@@ -28,8 +28,9 @@ interface Actor {
   run: (database: Database, reservation: Reservation) => Promise<unknown>;
   /** The statement after which it has locked, or changed, what the other one wants. */
   changesAt: string;
-  /** The statement that waits for the other one's locks; a claim skips what is locked. */
+  /** The statement that waits for the other one's locks, or that it sends if it finds them; a claim skips what is locked. */
   waitsAt?: string;
+  findsBusyBy?: string;
 }
 
 const PATCH = { executeAt: new Date("2029-02-22T13:59:00.000Z"), pointAmount: 7 };
@@ -47,22 +48,22 @@ const ACTORS: Record<Verb, Actor> = {
   cancel: {
     run: (database, { id }) => cancelReservation(database, id),
     changesAt: "cancel_reservation",
-    waitsAt: "cancel_reservation",
+    findsBusyBy: "is_held",
   },
   patch: {
     run: (database, { id }) => patchReservation(database, id, PATCH),
     changesAt: "patch_reservation",
-    waitsAt: "patch_reservation",
+    findsBusyBy: "is_held",
   },
   retry: {
     run: (database, { id }) => retryReservation(database, id),
     changesAt: "retry_reservation",
-    waitsAt: "retry_reservation",
+    findsBusyBy: "is_held",
   },
   "campaign's cancel": {
     run: (database) => cancelCampaign(database, "summer", IN_TIME),
     changesAt: "cancel_reservations",
-    waitsAt: "cancel_reservations",
+    findsBusyBy: "count_campaign",
   },
 };
 
@@ -100,12 +101,13 @@ test.each<[first: Verb, status: ReservationStatus, second: Verb, end: Reservatio
   "a %s of a %s reservation before a %s: it ends %s (fault 20)",
   async (first, status, second, end, ofSecond) => {
     const reservation = await insertReservation(db, { status, campaign: "summer" });
-    const { run, waitsAt } = ACTORS[second];
+    const { run, waitsAt, findsBusyBy } = ACTORS[second];
     const [, found] = await inOrder(db, {
       first: (database) => ACTORS[first].run(database, reservation),
       heldAt: ACTORS[first].changesAt,
       second: (database) => run(database, reservation),
       waitsAt,
+      findsBusyBy,
     });
     const details = await findReservation(db.database, reservation.id);
     expect(details?.status).toBe(end);
@@ -129,8 +131,9 @@ test("cancelReservation() waits for a grant that is rolled back, and cancels (fa
   const { id } = await insertReservation(db, { status: "PROCESSING" });
   const { cancelled } = await db.database.transaction(async ({ execute, select }) => {
     await select("select id from point_reservations where id = ? for update", [id]);
-    const cancelled = cancelReservation(db.database, id);
-    await untilRunning(db, "cancel_reservation");
+    const watched = openWatched(db.database, "is_held");
+    const cancelled = cancelReservation(watched.database, id);
+    await watched.sent;
     await execute("rollback");
     return { cancelled };
   });
@@ -144,13 +147,13 @@ test("cancelReservation() holds the row that it refuses until it has said why", 
     first: (database) => cancelReservation(database, id),
     heldAt: "commit",
     second: (database) => retryReservation(database, id),
-    waitsAt: "retry_reservation",
+    findsBusyBy: "is_held",
   });
   expect(cancelled).toEqual({ isDone: false, details } as never);
   expect(retried).toMatchObject({ isDone: true, details: { status: "PENDING" } });
 });
 
-test("cancelCampaign() and a grant lock their rows in the same order: neither deadlocks", async () => {
+test("cancelCampaign() waits for nobody: a grant that waits for one of its rows does not deadlock with it", async () => {
   const insert = () => insertReservation(db, { campaign: "summer", status: "PROCESSING" });
   const rows = [await insert(), await insert(), await insert()];
   const retries: string[] = [];
@@ -158,12 +161,11 @@ test("cancelCampaign() and a grant lock their rows in the same order: neither de
   const { both } = await db.database.transaction(async ({ select }) => {
     await select("select id from point_reservations where id = ? for update", [rows[1]?.id]);
     const messages = rows.toReversed().map((one) => [one]);
-    const both = [
-      cancelCampaign(another, "summer", IN_TIME),
-      processReservations(messages, { database: another }),
-    ];
-    await untilRunning(db, "cancel_reservations");
+    const granting = processReservations(messages, { database: another });
     await untilRunning(db, "lock_reservations");
+    const watched = openWatched(another, "count_campaign");
+    const both = [granting, cancelCampaign(watched.database, "summer", IN_TIME)];
+    await watched.sent;
     return { both };
   });
   await Promise.all(both).finally(() => another.close());

@@ -9,7 +9,7 @@ import {
 } from "../../lib/points/balance_queries.ts";
 import { changePoints } from "../../lib/points/change_repository.ts";
 import { newPointChange } from "../../lib/points/point.ts";
-import { claimDue, lockReservations } from "../../lib/reservations/claim_repository.ts";
+import { lockFree, lockReservations } from "../../lib/reservations/claim_repository.ts";
 import type { Reservation } from "../../lib/reservations/reservation.ts";
 import {
   findReservation,
@@ -20,10 +20,13 @@ import {
 import {
   cancelCampaign,
   cancelReservation,
+  createBesideLocks,
   createReservations,
   patchReservation,
   retryReservation,
 } from "../../lib/reservations/reservation_repository.ts";
+import { claimDue, findNextScan } from "../../lib/reservations/scan_repository.ts";
+import { releaseSetAside } from "../../lib/reservations/scan_state_repository.ts";
 import { RESERVATION_STATUSES, type ReservationStatus } from "../../lib/schema.ts";
 import { countReads, openTestDatabase } from "../harness/database.ts";
 import { reservationOf } from "../harness/fixtures.ts";
@@ -123,6 +126,10 @@ function positionsOf(list: readonly Row[]): Position[] {
 
 const USER_INDEX = { point_reservations: "point_reservations_user", point_root: "PRIMARY" };
 const BY_ID: Plan = { keys: { point_reservations: "PRIMARY" }, maxRows: 1 };
+const BY_SCAN_AT: Plan = {
+  keys: { point_reservations: "point_reservations_scan_at" },
+  maxRows: rows.length,
+};
 const BY_USER: Plan = { keys: { point_root: "PRIMARY" }, maxRows: 400 };
 const ENTRY_KEY = { point_transactions: "point_transactions_idempotency_key" };
 const OF_CAMPAIGN: Plan = {
@@ -131,8 +138,8 @@ const OF_CAMPAIGN: Plan = {
   fromIndexAlone: "point_reservations",
 };
 
-/** How each statement must be served; those of lists are further down. An INSERT reads nothing. */
-const PLANS: Record<string, Plan | "insert"> = {
+/** How each statement must be served; those of lists are further down. */
+const PLANS: Record<string, Plan | "reads nothing"> = {
   find_balance: { ...BY_USER, maxRows: 1 },
   // One row in the temporary table; the server does not know it.
   find_holdings: { keys: USER_INDEX, maxRows: 180, maxTemporary: 300, fromIndexAlone: "point_reservations" },
@@ -147,21 +154,32 @@ const PLANS: Record<string, Plan | "insert"> = {
   cancel_reservation: BY_ID,
   retry_reservation: BY_ID,
   lock_reservation: BY_ID,
-  create_reservations: "insert",
+  create_reservations: "reads nothing",
   find_by_idempotency_keys: {
     keys: { point_reservations: "point_reservations_idempotency_key" },
-    maxRows: 1_000,
+    maxRows: 1_001,
   },
   lock_balances: BY_USER,
-  find_locked: { ...BY_USER, maxRows: 1 },
+  read_uncommitted: "reads nothing",
+  find_begun_balances: { ...BY_USER, maxRows: 1 },
+  find_begun_keys: {
+    keys: { point_reservations: "point_reservations_idempotency_key" },
+    maxRows: 1,
+  },
   find_changes: { keys: ENTRY_KEY, maxRows: 400 },
-  insert_ledger_entries: "insert",
+  insert_ledger_entries: "reads nothing",
   add_to_known: BY_USER,
-  upsert_balances: "insert",
-  claim_due: { keys: { point_reservations: "point_reservations_scan_at" }, maxRows: rows.length },
+  upsert_balances: "reads nothing",
+  // The count and the clock are in temporary tables.
+  find_next_scan: { ...BY_SCAN_AT, maxTemporary: 500, fromIndexAlone: "point_reservations" },
+  claim_due: BY_SCAN_AT,
+  find_set_aside: BY_SCAN_AT,
+  release_set_aside: { ...BY_ID, maxRows: 500 },
   mark_processing: { ...BY_ID, maxRows: 500 },
-  lock_reservations: { ...BY_ID, maxRows: 500 },
-  find_open_of_campaign: OF_CAMPAIGN,
+  lock_reservations: { keys: { r: "PRIMARY" }, maxRows: 500 },
+  lock_free: { keys: { r: "PRIMARY", b: "PRIMARY" }, maxRows: 502 },
+  find_existing: { ...BY_ID, maxRows: 2 },
+  lock_open_of_campaign: { ...OF_CAMPAIGN, fromIndexAlone: undefined },
   count_campaign: OF_CAMPAIGN,
   cancel_reservations: { ...BY_ID, maxRows: 1_000 },
 };
@@ -175,7 +193,7 @@ async function expectAllServed(
   for (const statement of statements) {
     const plan = plans[statement.name];
     if (!plan) throw new Error(`There is no plan for ${statement.name}`);
-    if (plan !== "insert") await expectServed(db, statement, plan);
+    if (plan !== "reads nothing") await expectServed(db, statement, plan);
   }
   return statements.map(({ name }) => name);
 }
@@ -268,18 +286,25 @@ test("every other statement reads and locks by its index, and no more than it mu
   const other = Array.from({ length: 400 }, (_, index) => `Other${index}`);
   const again = rows.slice(-1_000).map((row) => ({ ...row, id: crypto.randomUUID() }));
   const ids = rows.slice(0, 500).map(({ id }) => id);
+  const unknown = [crypto.randomUUID(), crypto.randomUUID()];
+  const { executeAt, id } = someRow("PENDING");
+  const from = { scanAt: executeAt, id };
   const works: ((database: Database) => Promise<unknown>)[] = [
     (database) => findHoldings(database, ORDINARY),
     (database) => findBalanceAt(database, WHALE, new Date(BASE + 100_000)),
     (database) => findBalance(database, ORDINARY),
     (database) => findReservation(database, someRow("DONE").id),
     (database) => patchReservation(database, someRow("PENDING").id, { pointAmount: 7 }),
-    (database) => cancelReservation(database, someRow("DONE").id),
+    (database) => cancelReservation(database, someRow("PROCESSING").id),
     (database) => retryReservation(database, someRow("FAILED").id),
     (database) => database.run((connection) => createReservations(connection, again)),
     (database) => changePoints(database, changesOf(...other)),
-    (database) => changePoints(database, changesOf("Other1", "Newcomer"), { wait: false }),
-    (database) => claimDue(database, { limit: 500, leaseMs: 60_000 }),
+    (database) => changePoints(database, changesOf("Other1", "Newcomer")),
+    (database) => createBesideLocks(database, [...again, reservationOf()]),
+    (database) => database.transaction((transaction) => lockFree(transaction, [...ids, ...unknown])),
+    (database) => findNextScan(database, { from, withinMs: 10_000, limit: 500 }),
+    (database) => claimDue(database, { from, limit: 500, leaseMs: 60_000 }),
+    (database) => releaseSetAside(database, { leaseMs: 1_000, wasAheadMs: 0 }),
     (database) => database.transaction((transaction) => lockReservations(transaction, ids)),
     (database) => cancelCampaign(database, BIG, { untilMs: Number.POSITIVE_INFINITY }),
   ];

@@ -1,5 +1,4 @@
 import { beforeEach, describe, expect, test } from "bun:test";
-import { claimDue } from "../../lib/reservations/claim_repository.ts";
 import type { Reservation } from "../../lib/reservations/reservation.ts";
 import { findReservation, type ReservationDetails } from "../../lib/reservations/reservation_queries.ts";
 import {
@@ -11,6 +10,7 @@ import {
   patchReservation,
   retryReservation,
 } from "../../lib/reservations/reservation_repository.ts";
+import { claimDue } from "../../lib/reservations/scan_repository.ts";
 import type { ReservationStatus } from "../../lib/schema.ts";
 import { emptyTables, openTestDatabase } from "../harness/database.ts";
 import { insertReservation, insertReservations, type RowFields, reservationOf } from "../harness/fixtures.ts";
@@ -62,7 +62,9 @@ describe("createReservations()", () => {
       expect(await detailsOf(reservation.id)).toEqual({
         ...reservation,
         status: "PENDING",
-        scanAt: reservation.executeAt,
+        changedAt: null,
+        // Never in the past.
+        scanAt: reservation.executeAt > new Date() ? reservation.executeAt : expect.any(Date),
         attempts: 0,
         lastError: null,
         createdAt: expect.any(Date),
@@ -78,6 +80,17 @@ describe("createReservations()", () => {
        from point_reservations where campaign is not null`,
     );
     expect(row).toEqual({ at: "2029-02-22 12:00:00.500", age: 0 });
+  });
+
+  test.each([
+    [-1, 0],
+    [0, 0],
+    [1, 1],
+  ])("makes what is due in %d ms be scanned in %d ms: never in the past", async (dueMs, scanMs) => {
+    const reservation = reservationOf({ executeAt: midday(dueMs) });
+    await using frozen = await openFrozen(db, midday());
+    await frozen.run((connection) => createReservations(connection, [reservation]));
+    expect((await detailsOf(reservation.id)).scanAt).toEqual(midday(scanMs));
   });
 
   test.each<[string, Partial<Reservation>]>([
@@ -204,13 +217,19 @@ describe("patchReservation()", () => {
       { scanAt: midday(5_000), ...ORIGINALS },
     ],
     ["the amount: the time of the next try stays", { pointAmount: 7 }, { originalPointAmount: 100 }],
-    ["the time", { executeAt: midday(-1) }, { scanAt: midday(-1), originalExecuteAt: midday() }],
+    [
+      "a time in the past: due now",
+      { executeAt: midday(-1) },
+      { scanAt: midday(), originalExecuteAt: midday() },
+    ],
   ])("changes %s, and keeps what was reserved first", async (_, patch, others) => {
     const { id } = await insertTried();
-    const details = { ...(await detailsOf(id)), ...patch, ...others, updatedAt: expect.any(Date) };
-    const patched = await patchReservation(db.database, id, patch);
+    const changed = { changedAt: midday(), updatedAt: expect.any(Date) };
+    const details = { ...(await detailsOf(id)), ...patch, ...others, ...changed };
+    await using frozen = await openFrozen(db, midday());
+    const patched = await patchReservation(frozen, id, patch);
     expect(patched).toEqual({ isDone: true, details });
-    expect(await patchReservation(db.database, id, patch)).toEqual(patched);
+    expect(await patchReservation(frozen, id, patch)).toEqual(patched);
     expect(await detailsOf(id)).toEqual(patched?.details as ReservationDetails);
   });
 
@@ -240,6 +259,7 @@ test.each([
       status: "PENDING",
       scanAt: midday(scanMs),
       attempts: 0,
+      changedAt: midday(),
       updatedAt: expect.any(Date),
     };
     expect(await retryReservation(frozen, id)).toEqual({ isDone: true, details } as never);

@@ -1,7 +1,11 @@
 import { beforeEach, describe, expect, test } from "bun:test";
+import { openDatabaseClock } from "../../lib/database_clock.ts";
 import { type Queue, QueueError } from "../../lib/queue.ts";
-import { claimDue } from "../../lib/reservations/claim_repository.ts";
+import { decodeMessage } from "../../lib/reservations/message.ts";
+import type { Reservation } from "../../lib/reservations/reservation.ts";
 import { cancelReservation } from "../../lib/reservations/reservation_repository.ts";
+import { BEGINNING, claimDue, isBefore, type ScanPosition } from "../../lib/reservations/scan_repository.ts";
+import { openSweeper, type ScanPositions } from "../../lib/reservations/sweep.ts";
 import { type ScanOptions, scanAndPublish } from "../../scheduler.ts";
 import { openTestDatabase } from "../harness/database.ts";
 import { command } from "../harness/fault_points.ts";
@@ -10,6 +14,7 @@ import { AMQP_URL, silent, until } from "../harness/harness.ts";
 import { countStatuses, processReservations } from "../harness/pipeline.ts";
 import { blockedFrame, startProxy } from "../harness/proxy.ts";
 import { deleteQueue, openTestQueue, takeMessages } from "../harness/queue.ts";
+import { countPages, leaveEntries, openSnapshot } from "../harness/snapshot.ts";
 
 const HOUR_MS = 3_600_000;
 const CONFIG: ScanOptions["config"] = {
@@ -23,8 +28,12 @@ const CONFIG: ScanOptions["config"] = {
 const db = await openTestDatabase();
 beforeEach(() => db.query("delete from point_reservations"));
 
-function scan(queue: ScanOptions["queue"], config: Partial<ScanOptions["config"]> = {}) {
-  return scanAndPublish({ database: db.database, queue, logger: silent, config: { ...CONFIG, ...config } });
+function scan(
+  queue: ScanOptions["queue"],
+  { from, ...config }: Partial<ScanOptions["config"]> & { from?: ScanPosition } = {},
+) {
+  const { database } = db;
+  return scanAndPublish({ database, queue, logger: silent, config: { ...CONFIG, ...config }, from });
 }
 
 /** Inserts due reservations, the first one due longest. */
@@ -158,7 +167,7 @@ describe("scanAndPublish() says how long to sleep:", () => {
   test("not at all after a full scan", async () => {
     await using queue = await openTestQueue();
     await insertDue(3);
-    expect(await scan(queue, { SCAN_BATCH: 3 })).toEqual({ sleepMs: 0 });
+    expect((await scan(queue, { SCAN_BATCH: 3 })).sleepMs).toBe(0);
     expect((await scan(queue, { SCAN_BATCH: 3 })).sleepMs).toBeGreaterThan(0);
   });
 
@@ -180,4 +189,127 @@ describe("scanAndPublish() says how long to sleep:", () => {
     });
     expect(await countStatuses(db)).toEqual({ PENDING: 1 });
   });
+});
+
+/** A queue that takes everything, with what it has taken. */
+function openTakingQueue() {
+  const taken: string[] = [];
+  const queue: ScanOptions["queue"] = {
+    depth: async () => 0,
+    async publish(contents) {
+      for (const content of contents)
+        for (const one of decodeMessage(content)) taken.push(one.reservation_id);
+      return contents.length;
+    },
+  };
+  return { queue, taken };
+}
+
+describe("scanAndPublish() says where the next scan starts:", () => {
+  const at = (ms: number): ScanPosition => ({ scanAt: new Date(Date.now() + ms), id: "" });
+
+  test("after a full scan at its last reservation", async () => {
+    const { queue } = openTakingQueue();
+    const [, last] = (await insertDue(3)) as [Reservation, Reservation];
+    expect((await scan(queue, { SCAN_BATCH: 2 })).from).toEqual({ scanAt: last.executeAt, id: last.id });
+  });
+
+  test("else a moment ago, also if another scheduler holds what is due", async () => {
+    const { queue } = openTakingQueue();
+    await insertDue(2);
+    await db.database.transaction(async ({ select }) => {
+      await select("select id from point_reservations limit 1 for update");
+      const { from } = await scan(queue);
+      expect(isBefore(at(-60_000), from) && isBefore(from, at(0))).toBe(true);
+      // What commits a little late is still found.
+      expect(isBefore(from, at(-500))).toBe(true);
+    });
+  });
+
+  test("as before while the queue is deep", async () => {
+    const { queue } = openTakingQueue();
+    const from = at(-5_000);
+    expect((await scan({ ...queue, depth: async () => 1e9 }, { from })).from).toBe(from);
+  });
+});
+
+test("scans and sweeps of several schedulers publish all that is due, once, whatever is held, late or rolled back", async () => {
+  const { queue, taken } = openTakingQueue();
+  const done = new AbortController();
+  async function runScheduler() {
+    const positions: ScanPositions = { from: BEGINNING, openFrom: BEGINNING };
+    const scanFrom = (from: ScanPosition) => scan(queue, { from, SCAN_BATCH: 40 });
+    const { sweep } = openSweeper({
+      database: db.database,
+      logger: silent,
+      leaseMs: CONFIG.LEASE_MS,
+      clock: openDatabaseClock(() => {}),
+      positions,
+      claimFrom: async (from) => (await scanFrom(from)).sleepMs === 0,
+      wakeScan: () => {},
+    });
+    async function loop(step: () => Promise<unknown>) {
+      while (!done.signal.aborted) await step();
+    }
+    await Promise.all([
+      loop(async () => {
+        positions.from = (await scanFrom(positions.from)).from;
+      }),
+      loop(sweep),
+    ]);
+  }
+  const inserted: string[] = [];
+  async function insertMore(ms: number) {
+    const executeAt = new Date(Date.now() + ms);
+    const reservations = Array.from({ length: 60 }, () => reservationOf({ executeAt }));
+    await insertReservations(db, { reservations });
+    inserted.push(...reservations.map(({ id }) => id));
+  }
+  await insertMore(-90_000);
+  const schedulers = [runScheduler(), runScheduler(), runScheduler()];
+  for (let round = 0; round < 5; round++) {
+    await insertMore(-2_000 * round);
+    await db.database.transaction(async ({ select }) => {
+      await select("select id from point_reservations where crc32(id) % 3 = 0 order by id for update");
+      await insertMore(300);
+    });
+    // A claim that is rolled back.
+    const died = db.database.transaction(async ({ execute, select }) => {
+      const sql = `select id from point_reservations force index (point_reservations_scan_at)
+        where scan_at <= now(3) order by scan_at, id limit 50 for update skip locked`;
+      const claimed = await select<{ id: string }>(sql);
+      const ids = [...claimed.map(({ id }) => id), ""];
+      await execute("update point_reservations set scan_at = scan_at + interval 1 hour where id in (?)", [
+        ids,
+      ]);
+      throw new Error("died");
+    });
+    await expect(died).rejects.toThrow("died");
+  }
+  try {
+    await until("all are published", () => taken.length >= inserted.length);
+  } finally {
+    done.abort();
+    await Promise.all(schedulers);
+  }
+  expect(taken.toSorted()).toEqual(inserted.toSorted());
+});
+
+test("scanAndPublish() does not look at what is long over, though a snapshot keeps it in the index (fault 42)", async () => {
+  await using _ = await openSnapshot(db);
+  const { queue, taken } = openTakingQueue();
+  await leaveEntries(db, new Date(Date.now() - 30_000));
+  const fromBeginning = await countPages(db, () => scan(queue));
+  expect(fromBeginning).toBeGreaterThan(80);
+  const { from } = await scan(queue);
+  for (const isDue of [false, true]) {
+    await until("it looks at few pages", async () => {
+      const due = isDue ? [await insertReservation(db, { executeAt: new Date() })] : [];
+      taken.length = 0;
+      // Other work on the server counts as well, so some try must show few.
+      const pages = await countPages(db, () => scan(queue, { from }));
+      expect(taken).toEqual(due.map(({ id }) => id));
+      return pages < 80;
+    });
+  }
 });
