@@ -17,6 +17,7 @@ import {
   type ClaimedReservation,
   claimDue,
   findNextScan,
+  isBefore,
   type ScanPosition,
 } from "./lib/reservations/scan_repository.ts";
 import { findPositions, fromAfter, openSweeper } from "./lib/reservations/sweep.ts";
@@ -76,9 +77,10 @@ export async function scanAndPublish(options: ScanOptions): Promise<Scanned> {
   const limit = config.SCAN_BATCH;
   const withinMs = config.SCAN_INTERVAL_MS;
   const { clock, first, inMs, due } = await findNextScan(database, { from, withinMs, limit });
-  const next = { from: fromAfter(clock.nowMs), clock };
+  const recent = fromAfter(clock.nowMs);
   if (!first || due === 0) {
-    return { sleepMs: Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, inMs)), ...next };
+    const sleepMs = Math.min(config.SCAN_INTERVAL_MS, Math.max(MIN_SLEEP_MS, inMs));
+    return { sleepMs, from: recent, clock };
   }
   const claimed = await claimDue(database, { from: first, limit: due, leaseMs: config.LEASE_MS });
   const last = claimed.at(-1);
@@ -95,10 +97,10 @@ export async function scanAndPublish(options: ScanOptions): Promise<Scanned> {
     if (confirmed === messages.length) logger.info(facts, "published");
     else logger.warn(facts, "not all confirmed; the rows are claimed again when their lease ends");
   }
-  if (last && claimed.length === limit) {
-    return { sleepMs: 0, from: { scanAt: last.scanAt, id: last.id }, clock };
-  }
-  return { sleepMs: MIN_SLEEP_MS, ...next };
+  const sleepMs = claimed.length === limit ? 0 : MIN_SLEEP_MS;
+  // A claim of its limit may have left more behind its last row.
+  const hasMore = last && claimed.length === due && isBefore(last, recent);
+  return { sleepMs, from: hasMore ? { scanAt: last.scanAt, id: last.id } : recent, clock };
 }
 
 function chunk(claimed: readonly ClaimedReservation[], size: number): ClaimedReservation[][] {

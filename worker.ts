@@ -10,7 +10,7 @@ import { DatabaseError } from "./lib/database_errors.ts";
 import { describeError } from "./lib/errors.ts";
 import { perSecond } from "./lib/log.ts";
 import { aborted, backoffMs, sleep } from "./lib/loop.ts";
-import { addPointsIdempotent, findBegunBalances, findGrantEntry } from "./lib/points/ledger_repository.ts";
+import { addPointsIdempotent, findGrantEntry, findTakenBalances } from "./lib/points/ledger_repository.ts";
 import type { PointTransaction } from "./lib/points/point.ts";
 import type { Outcome } from "./lib/queue.ts";
 import {
@@ -41,7 +41,7 @@ const STOP_MS = 4_000;
 const MAX_RETRIED = 500;
 /** How long MySQL may take to end a session, in milliseconds. */
 const END_MS = 20;
-/** What is held for so long, in milliseconds, is not held by another worker's usual batch. */
+/** A lock that is held longer than this is not that of a worker's usual batch, in milliseconds. */
 const LONG_HELD_MS = 300;
 /** The longest time to grant the reservations of a batch one by one, in milliseconds; the rest is claimed again when its lease ends. */
 const ONE_BY_ONE_MS = 20_000;
@@ -64,7 +64,7 @@ export interface GrantOptions {
   maxAttempts: number;
   /** Where `busy` reservations wait; without it, each is claimed again when its lease ends. */
   room?: WaitingRoom;
-  /** What the worker remembers of earlier batches; by default nothing. */
+  /** What the worker remembers of earlier batches; without it, a batch waits for locks as long as MySQL lets it. */
   pace?: Pace;
 }
 
@@ -108,7 +108,7 @@ interface Granted {
   verdicts: Map<string, Verdict>;
   /** For each `busy` reservation what another transaction holds: its own id, or its user's. */
   held: Map<string, string>;
-  /** The longest time that a granted one is late, in milliseconds; unknown after grants one by one. */
+  /** The greatest lateness of a grant, in milliseconds; unknown after grants one by one. */
   maxLateMs?: number;
 }
 
@@ -128,16 +128,16 @@ async function grant(ids: readonly string[], options: GrantOptions): Promise<Gra
  * less. If that takes too long, and for some seconds after it, grants around what is locked.
  */
 async function grantBatch(ids: readonly string[], options: GrantOptions): Promise<Granted> {
-  const { database, pace = openPace() } = options;
+  const { database, pace } = options;
   const startedAt = performance.now();
-  const stallMs = pace.stallMs();
+  const stallMs = pace?.stallMs();
   let isStalled = false;
-  if (!pace.isCareful()) {
+  if (!pace?.isCareful()) {
     try {
       const granted = await database.transaction((transaction) => grantTogether(transaction, ids), {
         workMs: stallMs,
       });
-      pace.record(performance.now() - startedAt);
+      pace?.record(performance.now() - startedAt);
       return granted;
     } catch (error) {
       if (!isStall(error)) throw error;
@@ -147,9 +147,13 @@ async function grantBatch(ids: readonly string[], options: GrantOptions): Promis
     }
   }
   const carefulAt = performance.now();
-  const granted = await grantAround(ids, { ...options, pace });
-  if (granted.held.size === 0) pace.record(performance.now() - carefulAt, { isStalled });
-  else if (isStalled) pace.beCareful();
+  const granted = await grantAround(ids, options);
+  if (granted.held.size === 0) pace?.record(performance.now() - carefulAt, { isStalled });
+  else if (isStalled) pace?.beCareful();
+  if (isStalled) {
+    const fields = { waitedMs: Math.round(carefulAt - startedAt), busy: granted.held.size };
+    perSecond(options.logger).warn(fields, "a batch took too long: granted around what is locked");
+  }
   return granted;
 }
 
@@ -193,13 +197,13 @@ async function grantRows(
 /** Grants all that no other transaction holds up, without waiting for what is locked. */
 async function grantAround(
   ids: readonly string[],
-  { database, pace = openPace() }: Pick<GrantOptions, "database" | "pace">,
+  { database, pace }: Pick<GrantOptions, "database" | "pace">,
 ): Promise<Granted> {
   const { granted, unlocked } = await database.transaction((transaction) => grantFree(transaction, ids));
-  const begun = await findBegunBalances(database, [...new Set(unlocked.values())]);
+  const taken = await findTakenBalances(database, [...new Set(unlocked.values())]);
   const newUsers = new Map<string, string>();
   for (const [id, userId] of unlocked) {
-    if (begun.has(userId)) holdUp(granted, id, userId);
+    if (taken.has(userId)) holdUp(granted, id, userId);
     else newUsers.set(id, userId);
   }
   if (newUsers.size === 0) return granted;
@@ -207,7 +211,7 @@ async function grantAround(
   try {
     const newIds = [...newUsers.keys()];
     const others = await database.transaction((transaction) => grantTogether(transaction, newIds), {
-      workMs: pace.stallMs(),
+      workMs: pace?.stallMs(),
     });
     for (const [id, verdict] of others.verdicts) granted.verdicts.set(id, verdict);
     granted.maxLateMs = Math.max(granted.maxLateMs ?? 0, others.maxLateMs ?? 0);
@@ -284,7 +288,7 @@ async function grantAlone(id: string, granted: Granted, options: GrantOptions): 
   }
 }
 
-/** Finds out why a row cannot be granted, and writes it down. */
+/** Finds out why a row cannot be granted, and records it. */
 async function refuseRow(id: string, error: DatabaseError, options: GrantOptions): Promise<Verdict> {
   return options.database.transaction(async (transaction) => {
     const { free, held } = await lockFree(transaction, [id]);

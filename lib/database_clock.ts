@@ -2,7 +2,7 @@
 export interface ClockReading {
   /** In milliseconds since 1970. */
   nowMs: number;
-  /** It showed that between these two times of `performance.now()`. */
+  /** Bounds of the moment at which it was read, by `performance.now()`. */
   sentAtMs: number;
   receivedAtMs: number;
 }
@@ -17,13 +17,13 @@ export interface DatabaseClock {
 
 /** A jump of MySQL's clock. */
 export interface Jump {
-  /** How far, in milliseconds: negative if it went back. */
+  /** In milliseconds; negative if the clock went back. */
   byMs: number;
   /** What it would show without the jump, in milliseconds since 1970. */
   wouldShowMs: number;
 }
 
-/** A larger step of a clock than this, in milliseconds, is a jump. An answer that takes longer says too little about the clock. */
+/** A larger step than this is a jump, in milliseconds. A reading that took longer is ignored: it is too inexact. */
 export const JUMP_MS = 1_000;
 
 /** @param onJump called once for each jump */

@@ -6,7 +6,7 @@ import { ExpectedError } from "./errors.ts";
  * - `timeout`: the work took longer than it may
  * - `deadlock`, `lock_timeout`: another transaction held a lock
  * - `unavailable`: MySQL is down, full, read-only or refuses the connection; no row is invalid
- * - `unsafe`: a setting of MySQL breaks a promise, or refuses our statements: somebody must change it
+ * - `unsafe`: a setting of MySQL breaks a promise, or refuses our statements: an operator must change it
  * - `duplicate`, `out_of_range`: a row is invalid
  * - `other`: a statement or a row is invalid
  */
@@ -78,7 +78,7 @@ const OUT_OF_RANGE = [1264, 1690];
 /** The server does not know the host, the user, the password or the database. */
 const ACCESS_DENIED = [1044, 1045, 1049, 1698];
 
-/** The reasons of outages that are worth their own words; all other outages are "MySQL does not answer". */
+/** Outages of a server that answers, with their reasons. */
 const OUTAGES: [reason: string, numbers: number[]][] = [
   ["MySQL is read-only", [1036, 1290, 1792, 1836, 3100, 3989]],
   ["MySQL refuses the account", ACCESS_DENIED],
@@ -88,7 +88,8 @@ const OUTAGES: [reason: string, numbers: number[]][] = [
   ["a table is missing", [1146]],
   ["MySQL is offline", [3032]],
   ["MySQL is shutting down", [1053, 1077, 1079]],
-  ["MySQL has no connection left", [1040, 1203, 1226]],
+  ["MySQL has no connection left", [1040]],
+  ["the account has reached a limit of MySQL", [1203, 1226]],
   ["MySQL refuses this host", [1129, 1130]],
   ["the disk of MySQL is full or fails", [1021, 1026, 1030, 1114]],
   ["MySQL is out of memory", [1037, 1038, 1041, 1135, 1206]],
@@ -158,7 +159,8 @@ function serverError(
   // Its text may quote a value of a row, but not if the server or the connection fails.
   if (kind !== "unavailable") return new DatabaseError(kind, what);
   const hint = ACCESS_DENIED.includes(errno) ? ". Is DATABASE_URL right?" : "";
-  const reason = OUTAGES.find(([, numbers]) => numbers.includes(errno))?.[0];
+  const known = OUTAGES.find(([, numbers]) => numbers.includes(errno));
+  const reason = known?.[0] ?? `MySQL failed with error ${errno}`;
   return new DatabaseError(kind, `${what}: ${text.slice(0, MAX_TEXT)}${hint}`, reason);
 }
 
@@ -173,6 +175,6 @@ function kindOf(errno: number, sqlState: string): DatabaseErrorKind {
   const sqlClass = sqlState.slice(0, 2);
   if (sqlClass === ROLLED_BACK) return "deadlock";
   if (INVALID.includes(errno) || INVALID_CLASSES.includes(sqlClass)) return "other";
-  // What nobody knows is not the fault of a row: an attempt that is counted for it would be lost.
+  // An unknown error is not the fault of a row: it must not cost the row an attempt.
   return "unavailable";
 }

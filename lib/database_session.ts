@@ -12,11 +12,11 @@ export interface SessionOptions {
   allowLossy?: boolean | undefined;
 }
 
-/** A connection as the server knows it: no other one has or had both the id and the address. */
+/** A connection as its server knows it. */
 export interface ServerSession {
   id: number;
-  /** The client's address and port; null if the server does not tell. */
-  host: string | null;
+  /** Which server: behind a balancer, or after a failover, another one may have the same id. */
+  server: string;
 }
 
 /** The size of the largest statement of any setting, in bytes, with a reserve. */
@@ -39,7 +39,7 @@ const BOTH = [
   "sql_select_limit = 18446744073709551615, sql_big_selects = 1, sql_auto_is_null = 0",
   // Without unique_checks, InnoDB may accept a duplicate in a unique index.
   "unique_checks = 1, foreign_key_checks = 1, sql_safe_updates = 0",
-  // ORDER BY cuts its keys to max_sort_length bytes; a quotient has so many more digits, even within CEILING.
+  // ORDER BY cuts its keys to max_sort_length bytes. The other one sets the decimals of a quotient, also inside CEILING.
   "max_sort_length = 1024, div_precision_increment = 4",
   // Callers try again, so a lock holds them up only briefly.
   "innodb_lock_wait_timeout = 1, lock_wait_timeout = 5",
@@ -76,10 +76,14 @@ const MARIADB = [
 const SET_SESSION = `/* set_session */ set ${BOTH.join(", ")}
   /*!80000 , ${MYSQL.join(", ")} */ /*M! , ${MARIADB.join(", ")} */`;
 
+const SERVER = "concat_ws(' ', @@hostname, @@port, @@server_id) server";
+
+// No table of information_schema: a MariaDB that is shutting down may crash at its temporary table (seen on 10.11.19, in
+// ha_maria::drop_table).
 const CHECK_SERVER = `/* check_server */ select @@global.innodb_flush_log_at_trx_commit flush, @@global.log_bin log_bin,
   @@global.sync_binlog sync, @@session.binlog_format format, @@global.binlog_format next_format, @@global.read_only read_only,
   least(@@session.max_allowed_packet, @@global.max_allowed_packet) packet, connection_id() id,
-  (select host from information_schema.processlist where id = connection_id()) host`;
+  ${SERVER}`;
 
 /** The settings of a server that decide whether it can be used. */
 export interface ServerSettings {
@@ -164,7 +168,7 @@ export async function checkServer(
   const [[settings]] = await client.query<Row[]>(CHECK_SERVER);
   if (!settings) throw new DatabaseError("unavailable", "MySQL does not tell its settings");
   refuseSettings(settings, options);
-  return { id: settings.id, host: settings.host };
+  return { id: settings.id, server: settings.server };
 }
 
 /** @throws {DatabaseError} `unsafe` or `unavailable`, with the setting, the rule and the value */
@@ -232,11 +236,13 @@ export function openSessionEnder(url: string, options: { program?: string | unde
   };
 }
 
-async function endOne(client: Client, { id, host }: ServerSession): Promise<void> {
-  // After a restart or behind a balancer, the id may be another client's.
-  const [[found]] = await client.query<RowDataPacket[]>(
-    "/* find_session */ select 1 from information_schema.processlist where id = ? and host = ?",
-    [id, host],
+async function endOne(client: Client, { id, server }: ServerSession): Promise<void> {
+  const [[me]] = await client.query<RowDataPacket[]>(
+    `/* find_server */ select ${SERVER}, substring_index(user(), '@', 1) user, database() db`,
   );
-  if (found) await client.query("/* end_session */ kill ?", [id]);
+  if (me?.server !== server) return;
+  const [sessions] = await client.query<RowDataPacket[]>("/* find_session */ show processlist");
+  // If the server has restarted, the id may be that of another client.
+  const isOurs = sessions.some(({ Id, User, db }) => Id === id && User === me.user && db === me.db);
+  if (isOurs) await client.query("/* end_session */ kill ?", [id]);
 }

@@ -71,7 +71,7 @@ export function openHints({ connection, exchange, onHint, onState, signal }: Hin
     let heard = () => {};
 
     async function listen(onHint: (content: Buffer) => void) {
-      // It ends with the connection.
+      // The queue is deleted with the connection.
       const options = { "x-max-length": MAX_HINTS, "x-message-ttl": HINT_TTL_MS };
       await channel.assertQueue(queue, { exclusive: true, durable: false, arguments: options });
       await channel.bindQueue(queue, exchange, "");

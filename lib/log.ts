@@ -97,7 +97,7 @@ function openDestination(onLost: (lines: number) => void): { write(line: string)
       const isFirst = kept.length === 0;
       kept.push(bytes);
       keptBytes += bytes.length;
-      // Else an attempt is planned.
+      // Otherwise a retry is already scheduled.
       if (isFirst) tryAgain();
     },
   };

@@ -37,7 +37,7 @@ export interface DailySum extends TotalName {
   entries: number;
   points: number;
   userIds: Set<string>;
-  /** Milliseconds from when the reservation could be granted to the grant; 0 for other entries. A number may lose digits. */
+  /** Milliseconds from when the reservation could be granted to the grant; 0 for other entries. A bigint, as a number would lose digits. */
   lateMsSum: bigint;
   lateMsMax: number;
 }

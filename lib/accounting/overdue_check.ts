@@ -49,7 +49,7 @@ export async function findOpenFrom(database: Database): Promise<Date | null> {
   return state?.openFrom ?? null;
 }
 
-// No index finds a due reservation that a clock ahead of time has put aside: its `scan_at` lies among those of the future. But
+// No index finds a due reservation that a clock ahead of time has set aside: its `scan_at` lies among those of the future. But
 // the check of reservations reads all rows anyway.
 
 /** SQL: a due reservation `r` is scanned later than any lease or backoff allows. With `putAsideValues()`. */
@@ -60,7 +60,7 @@ export function putAsideValues(leaseMs: number): number[] {
   return [(leaseMs + RETRY_MS) * 1_000, OVERDUE_MS * 1_000];
 }
 
-/** The reservations `r` that were put aside. */
+/** The reservations `r` that were set aside. */
 export async function findPutAside(
   { select }: Connection,
   { where, values, leaseMs }: { where: string; values: unknown[]; leaseMs: number },

@@ -12,7 +12,7 @@ interface CheckOptions {
   leaseMs: number;
 }
 
-/** Compares each DONE reservation of a page with its ledger entry, and finds open ones that were put aside. */
+/** Compares each DONE reservation of a page with its ledger entry, and finds open ones that were set aside. */
 export function checkReservations(database: Database, options: CheckOptions): Promise<CheckedPage<string>> {
   const { after, isFull, leaseMs } = options;
   return runPage(database, async (connection) => {

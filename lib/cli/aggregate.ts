@@ -18,7 +18,7 @@ async function main({ days, isRebuild }: { days: Days | undefined; isRebuild: bo
     "DATABASE_URL",
     "AGGREGATE_TIME_ZONE",
   ]);
-  const database = openDatabase(DATABASE_URL);
+  const database = openDatabase(DATABASE_URL, { program: "pointservice-aggregate" });
   const startedAt = performance.now();
   if (isRebuild) await startGeneration(database, timeZone);
   if (days) {

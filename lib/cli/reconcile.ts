@@ -32,7 +32,7 @@ interface Output {
 
 async function main({ full = false, repair = false, json = false }: Options): Promise<number> {
   const { DATABASE_URL, LEASE_MS: leaseMs } = readSettings(["DATABASE_URL", "LEASE_MS"]);
-  const database = openDatabase(DATABASE_URL);
+  const database = openDatabase(DATABASE_URL, { program: "pointservice-reconcile" });
   const output = json ? openJson() : openLines();
   const startedAt = performance.now();
   let repaired = 0;

@@ -13,7 +13,9 @@ interface Options extends Partial<Days> {
 }
 
 async function main({ from, to, campaign }: Options): Promise<number> {
-  const database = openDatabase(readSettings(["DATABASE_URL"]).DATABASE_URL);
+  const database = openDatabase(readSettings(["DATABASE_URL"]).DATABASE_URL, {
+    program: "pointservice-totals",
+  });
   const { generation, timeZone } = await findAggregation(database);
   const places = { from: "--from", to: "--to" };
   const days = newDays({ from, to }, { timeZone: timeZone || "UTC", places });

@@ -2,7 +2,7 @@ import { and, asc, eq, inArray } from "drizzle-orm";
 import type { Database, Transaction } from "../database.ts";
 import { DatabaseError } from "../database_errors.ts";
 import { pointRoot, pointTransactions } from "../schema.ts";
-import { findBegunBalances, insertLedgerEntries, sumByUser, upsertBalances } from "./ledger_repository.ts";
+import { findTakenBalances, insertLedgerEntries, sumByUser, upsertBalances } from "./ledger_repository.ts";
 import { MAX_POINT_NUM, type PointTransaction } from "./point.ts";
 
 /** The outcome of a direct change of points. */
@@ -33,44 +33,44 @@ export async function changePoints(
   database: Database,
   batch: readonly PointTransaction[],
 ): Promise<ChangeOutcome[]> {
-  /** Whether users have a balance, or are getting one: those whose balance could not be locked. */
-  const areBegun = new Map<string, boolean>();
+  /** Whether users whose balance could not be locked have one, committed or not. */
+  const areTaken = new Map<string, boolean>();
   let wasHeldUp = false;
   for (let attempt = 1; ; ) {
     try {
       const changed = await database.transaction((transaction) =>
-        changeTogether(transaction, batch, areBegun),
+        changeTogether(transaction, batch, areTaken),
       );
       if (changed.outcomes) return changed.outcomes;
-      // Of these users it must be known before their balances are created: an INSERT would wait for another one.
-      const begun = await findBegunBalances(database, changed.unlocked);
-      for (const userId of changed.unlocked) areBegun.set(userId, wasHeldUp || begun.has(userId));
+      // Looked up before their balances are created: an INSERT would wait for another transaction's uncommitted one.
+      const taken = await findTakenBalances(database, changed.unlocked);
+      for (const userId of changed.unlocked) areTaken.set(userId, wasHeldUp || taken.has(userId));
     } catch (error) {
       const kind = error instanceof DatabaseError ? error.kind : undefined;
       // Another transaction has used a key since it was looked up: the next try finds its entry. Or one creates a balance.
       const mayPass = kind === "duplicate" || kind === "lock_timeout";
       if (!mayPass || attempt++ === MAX_TRIES) throw error;
       wasHeldUp = kind === "lock_timeout";
-      areBegun.clear();
+      areTaken.clear();
     }
   }
 }
 
 type Changed =
   | { outcomes: ChangeOutcome[] }
-  /** Nothing is changed: users without a balance that can be locked, of whom `areBegun` says nothing. */
+  /** Nothing is changed: users without a balance that can be locked, of whom `areTaken` says nothing. */
   | { outcomes?: never; unlocked: string[] };
 
 async function changeTogether(
   transaction: Transaction,
   batch: readonly PointTransaction[],
-  areBegun: ReadonlyMap<string, boolean>,
+  areTaken: ReadonlyMap<string, boolean>,
 ): Promise<Changed> {
   const userIds = [...new Set(batch.map(({ userId }) => userId))];
   const balances = await lockBalances(transaction, userIds);
   const unlocked = userIds.filter((userId) => !balances.has(userId));
-  if (unlocked.some((userId) => !areBegun.has(userId))) return { unlocked };
-  const busy = new Set(unlocked.filter((userId) => areBegun.get(userId)));
+  if (unlocked.some((userId) => !areTaken.has(userId))) return { unlocked };
+  const busy = new Set(unlocked.filter((userId) => areTaken.get(userId)));
   const known = await findChanges(transaction, batch);
   const left = new Map(balances);
   const accepted: PointTransaction[] = [];

@@ -50,10 +50,9 @@ export async function upsertBalances(transaction: Transaction, sums: [string, nu
 }
 
 /**
- * Those of some users who have a balance, or are getting one: also one that another transaction has not committed yet, which
- * an INSERT would have to wait for.
+ * The users who have a balance, committed or not: an INSERT would have to wait for another transaction's uncommitted one.
  */
-export async function findBegunBalances(
+export async function findTakenBalances(
   database: Database,
   userIds: readonly string[],
 ): Promise<Set<string>> {
@@ -62,7 +61,7 @@ export async function findBegunBalances(
     // For the next statement alone.
     await connection.execute("/* read_uncommitted */ set transaction isolation level read uncommitted");
     return connection.select<{ userId: string }>(
-      "/* find_begun_balances */ select user_id userId from point_root where user_id in (?)",
+      "/* find_taken_balances */ select user_id userId from point_root where user_id in (?)",
       [userIds],
     );
   });

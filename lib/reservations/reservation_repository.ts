@@ -99,18 +99,18 @@ export async function createBesideLocks(
   return database.run(async (connection) => {
     const firsts = await findByIdempotencyKeys(connection, batch);
     const others = batch.filter(({ idempotencyKey }) => !firsts.has(idempotencyKey));
-    const begun = await findBegunKeys(connection, others);
-    const fresh = others.filter(({ idempotencyKey }) => !begun.has(idempotencyKey));
+    const taken = await findTakenKeys(connection, others);
+    const fresh = others.filter(({ idempotencyKey }) => !taken.has(idempotencyKey));
     const created = (fresh.length > 0 ? await createReservations(connection, fresh) : []).values();
     return batch.map((reservation) => {
       if (firsts.has(reservation.idempotencyKey)) return outcomeOf(reservation, firsts);
-      return begun.has(reservation.idempotencyKey) ? BUSY : (created.next().value as CreateOutcome);
+      return taken.has(reservation.idempotencyKey) ? BUSY : (created.next().value as CreateOutcome);
     });
   });
 }
 
-/** Those of some keys that are used, also by a reservation that is not committed yet. */
-async function findBegunKeys(
+/** The keys that are in use, also those of uncommitted reservations. */
+async function findTakenKeys(
   { execute, select }: Connection,
   batch: readonly Reservation[],
 ): Promise<Set<string>> {
@@ -118,7 +118,7 @@ async function findBegunKeys(
   // For the next statement alone.
   await execute("/* read_uncommitted */ set transaction isolation level read uncommitted");
   const rows = await select<{ key: string }>(
-    "/* find_begun_keys */ select idempotency_key `key` from point_reservations where idempotency_key in (?)",
+    "/* find_taken_keys */ select idempotency_key `key` from point_reservations where idempotency_key in (?)",
     [batch.map(({ idempotencyKey }) => idempotencyKey)],
   );
   return new Set(rows.map(({ key }) => key));

@@ -29,7 +29,7 @@ export function findScanState(database: Database): Promise<ScanState> {
 }
 
 /**
- * Stores what a scheduler knows. Once the clock is known to have gone back, `open_from` is null until `restartClock()`: new
+ * Stores the clock and the scan position. Once the clock is known to have gone back, `open_from` is null until `restartClock()`: new
  * reservations may be before it.
  *
  * @param options.clockWas what the clock showed before it went back
@@ -50,7 +50,7 @@ export function saveScanState(
   });
 }
 
-/** From now on the clock of now is the right one. */
+/** Accepts the present clock as right. */
 export function restartClock(database: Database): Promise<void> {
   return database.run(async ({ execute }) => {
     await execute("/* restart_clock */ update point_scan_state set clock_at = now(3) where id = 1");

@@ -59,7 +59,7 @@ export interface Sweeper {
    * @throws {QueueError} if RabbitMQ accepts no messages
    */
   sweep(): Promise<number>;
-  /** To be called when MySQL's clock has jumped. */
+  /** Call it when MySQL's clock has jumped. */
   onJump(jump: Jump): void;
 }
 

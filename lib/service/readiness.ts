@@ -5,7 +5,7 @@ import { sleep } from "../loop.ts";
 
 /** The pause between two looks, in milliseconds: while the process is ready, and while it is not. */
 const PAUSE_MS = { ready: 1_000, unready: 250 };
-/** How long a success counts, in milliseconds: one slow or unlucky look takes no process out of service. */
+/** How long a success counts, in milliseconds: one slow look must not take a process out of service. */
 const READY_MS = 4_000;
 
 /** Why a process is not ready, in our own words, safe for clients; and since when. */
@@ -53,7 +53,7 @@ export function openReadiness(options: { logger: Logger; signal: AbortSignal }):
   }
 
   function becomeUnready() {
-    // Every look ends in time, unless nothing ran here at all.
+    // Every look ends in time, unless this process itself did not run.
     unready = failing ?? { reason: "The process was stopped, or is too busy", since: succeededAt };
     isLogged = true;
     logger.warn(unready, "not ready");

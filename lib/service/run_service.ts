@@ -174,7 +174,7 @@ async function serveAndWork<Name extends keyof Settings>(
     onFailure: (error) => readiness.fail(error.reason),
   });
   if (isChecked) {
-    // First, so that its queues are open.
+    // Starts first: it opens the queues that the looks check.
     const working = options.main(service);
     readiness.watch([openTrial(database, options.trial), checkQueues]);
     await working;

@@ -1,5 +1,7 @@
 import type { Struck } from "./report.ts";
 
+/** How far the clock of a process under test may be off, in milliseconds. */
+const HOST_OFF_MS = [0, 3_600_000, -3_600_000];
 /** How long a transaction may last, in milliseconds. */
 const TRANSACTION_MS = 15_000;
 /** How much earlier than a fault's end MySQL's clock may have been set right, in milliseconds. */
@@ -17,10 +19,14 @@ export function rightMsOf(storedMs: number, struck: readonly Struck[]): number {
   return storedMs - (off?.clockOffMs ?? 0);
 }
 
-/** Whether MySQL's clock was ahead at that time: then what is due for a moment is overdue, as far as anybody can tell. */
-export function isAhead(atMs: number, struck: readonly Struck[]): boolean {
+/**
+ * Whether MySQL's clock was ahead at that time, which a process under test may have written down: then what is due for a moment
+ * is overdue, as far as anybody can tell.
+ */
+export function isAhead(writtenMs: number, struck: readonly Struck[]): boolean {
   return struck.some(({ startMs, endMs, clockOffMs = 0 }) => {
-    return clockOffMs > 0 && atMs >= startMs && atMs <= endMs + FELT_MS;
+    const isWithin = (atMs: number) => atMs >= startMs && atMs <= endMs + FELT_MS;
+    return clockOffMs > 0 && HOST_OFF_MS.some((offMs) => isWithin(writtenMs - offMs));
   });
 }
 

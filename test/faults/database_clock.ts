@@ -50,7 +50,9 @@ export async function openDatabaseClock(
     FAKETIME_TIMESTAMP_FILE: file,
     FAKETIME_CACHE_DURATION: String(CACHE_S),
     // Only the time of day jumps, as it does when somebody sets it.
-    DONT_FAKE_MONOTONIC: "1",
+    FAKETIME_DONT_FAKE_MONOTONIC: "1",
+    // Its fix for old versions of glibc makes threads of MySQL 9.7 spin.
+    FAKETIME_FORCE_MONOTONIC_FIX: "0",
     FAKETIME_ONLY_CMDS: "mysqld,mariadbd",
   });
   const clock = {

@@ -18,6 +18,10 @@ interface Plant {
 
 const WORKER = "worker.ts";
 const DATABASE = "lib/database.ts";
+const SESSION = "lib/database_session.ts";
+const SCANS = "lib/reservations/scan_repository.ts";
+const SWEEPS = "lib/reservations/sweep.ts";
+const TURNS = "lib/accounting/turn_repository.ts";
 const CLAIMS = "lib/reservations/claim_repository.ts";
 const RESERVATIONS = "lib/reservations/reservation_repository.ts";
 const LEDGER = "lib/points/ledger_repository.ts";
@@ -54,14 +58,14 @@ export const PLANTS: Record<string, Plant> = {
       [
         WORKER,
         "const ids =",
-        "for (const m of messages.flat()) AMOUNTS.set(m.reservation_id, m.point_amount); $&",
+        "for (const m of messages.flat()) AMOUNTS.set(m.reservation_id, m.point_amount ?? AMOUNTS.get(m.reservation_id)); $&",
       ],
       [WORKER, "const refused = refuse(row);", "$& row.pointAmount = AMOUNTS.get(row.id);"],
     ],
   },
   "no lease": {
     only: ["queue-purge", "messages-delay", "kill-scheduler"],
-    edits: [[CLAIMS, "now(3) + interval ? microsecond", "$& + interval 1 day"]],
+    edits: [[SCANS, "scan_at = now(3) + interval ? microsecond", "$& + interval 1 day"]],
   },
   "publish without confirm": {
     only: ["amqp-hang-at-publish"],
@@ -92,9 +96,8 @@ export const PLANTS: Record<string, Plant> = {
     edits: [
       [
         RESERVATIONS,
-        "let isDone = await update();",
-        `const [seen] = await transaction.drizzle("see").select().from(reservations).where(isIt);
-    let isDone = seen !== undefined && from.includes(seen.status) && (await update());`,
+        `.for("update", { skipLocked: true });\n  if (row) return row;`,
+        ";\n  if (row) return row;",
       ],
       [RESERVATIONS, "id = ? and status in (?)", `id = ? and ('\${name}' like 'cancel%' or status in (?))`],
     ],
@@ -102,15 +105,17 @@ export const PLANTS: Record<string, Plant> = {
   "no lock and no status in the claim": {
     only: ["mysql-slow"],
     edits: [
-      [CLAIMS, "order by scan_at, id limit ? for update skip locked`", "order by scan_at, id limit ?`"],
-      [CLAIMS, "where id in (?) and status in ('PENDING', 'PROCESSING')`", "where id in (?)`"],
+      [SCANS, "order by scan_at, id limit ? for update skip locked`", "order by scan_at, id limit ?`"],
+      [SCANS, "where id in (?) and status in ('PENDING', 'PROCESSING')`", "where id in (?)`"],
     ],
   },
   "the host's clock instead of the database's": {
     only: ["clock-ahead"],
     edits: [
-      [CLAIMS, "(CLAIM_DUE,", `(CLAIM_DUE${HOST_NOW},`],
+      [SCANS, "(CLAIM_DUE,", `(CLAIM_DUE${HOST_NOW},`],
+      [SCANS, "(FIND_NEXT_SCAN,", `(FIND_NEXT_SCAN${HOST_NOW},`],
       [CLAIMS, "(LOCK_RESERVATIONS,", `(LOCK_RESERVATIONS${HOST_NOW},`],
+      [CLAIMS, "(LOCK_FREE,", `(LOCK_FREE${HOST_NOW},`],
     ],
   },
   "keys without regard to case": {
@@ -170,7 +175,7 @@ export const PLANTS: Record<string, Plant> = {
   },
   "times in the process's own zone": {
     only: ["time-zone"],
-    edits: [[DATABASE, `timezone: "Z"`, `timezone: "local"`]],
+    edits: [[SESSION, `timezone: "Z"`, `timezone: "local"`]],
   },
   "an atomic bulk without a transaction": {
     only: ["kill-at-statement", "kill-api"],
@@ -195,13 +200,41 @@ export const PLANTS: Record<string, Plant> = {
     seconds: 60,
     edits: [
       [WORKER, " || error.isOutage) throw error;\n    // One row", ") throw error;\n    // One row"],
-      [WORKER, " || error.isOutage) throw error;\n    if (!error.isC", ") throw error;\n    if (!error.isC"],
+      [WORKER, " || error.isOutage) throw error;\n    const", ") throw error;\n    const"],
       [WORKER, "if (attempts >= maxAttempts)", "if (attempts >= 1)"],
     ],
   },
   "a worker that dies of garbage": {
     only: ["messages-garbage"],
     edits: [[WORKER, `dead letter");\n    return undefined;`, `dead letter");\n    process.exit(1);`]],
+  },
+  "a setting that is inherited from the server": {
+    only: ["worst-settings"],
+    edits: [[SESSION, "autocommit = 1, completion_type = 0", "autocommit = 1"]],
+  },
+  "a scan that does not look behind its position": {
+    only: ["reservations-locked"],
+    edits: [[SWEEPS, "(await claimFrom(oldest))", "false"]],
+  },
+  "a lease that a clock ahead has set": {
+    only: ["database-clock-ahead", "queue-purge"],
+    edits: [[SWEEPS, "await releaseSetAside(database, { leaseMs, wasAheadMs })", "0"]],
+  },
+  "locked rows that wait for their lease": {
+    only: ["balances-locked"],
+    apart: true,
+    edits: [[WORKER, "options.room?.put(heldId, id) ?? 0", "Number(heldId === id)"]],
+  },
+  "the turn of the accounting by MySQL's clock": {
+    only: ["database-clock-ahead"],
+    edits: [
+      [
+        TURNS,
+        "runs, is_wanted isWanted",
+        "runs, is_wanted isWanted, timestampdiff(second, finished_at, now(3)) ago",
+      ],
+      [TURNS, "nowMs - finished.sinceMs >= intervalMs", "Number(row.ago ?? 1e9) * 1_000 >= intervalMs"],
+    ],
   },
 };
 

@@ -25,7 +25,7 @@ function signal(errno: number, sqlState: string): Promise<DatabaseError> {
 describe("databaseErrorOf() decides by the number:", () => {
   test.each<[errno: number, sqlState: string, reason: string, what: string]>([
     [1040, "08004", "MySQL has no connection left", "too many connections"],
-    [1226, "42000", "MySQL has no connection left", "a limit of the account"],
+    [1226, "42000", "the account has reached a limit of MySQL", "a limit of the account"],
     [1044, "42000", "MySQL refuses the account", "no right to the database"],
     [1045, "28000", "MySQL refuses the account", "a wrong password"],
     [1142, "42000", "a right on MySQL is missing", "no right to a table"],
@@ -48,9 +48,9 @@ describe("databaseErrorOf() decides by the number:", () => {
     [1598, "HY000", "the binary log of MySQL refuses writes", "binlog_format of MariaDB"],
     [1665, "HY000", "the binary log of MySQL refuses writes", "binlog_format of MySQL"],
     [9001, "HY000", "the proxy has no MySQL", "a proxy without a backend"],
-    [1105, "HY000", "MySQL does not answer", "an unknown error"],
-    [1194, "HY000", "MySQL does not answer", "a broken table"],
-    [31_234, "HY000", "MySQL does not answer", "a number that nobody knows"],
+    [1105, "HY000", "MySQL failed with error 1105", "an unknown error"],
+    [1194, "HY000", "MySQL failed with error 1194", "a broken table"],
+    [31_234, "HY000", "MySQL failed with error 31234", "a number that nobody knows"],
   ])("%d (%s) is an outage: %s, %s (fault 44)", async (errno, sqlState, reason) => {
     const error = await signal(errno, sqlState);
     expect([error.kind, error.isOutage, error.reason]).toEqual(["unavailable", true, reason]);

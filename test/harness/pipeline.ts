@@ -53,10 +53,10 @@ export async function openPipeline({ databaseUrl = DATABASE_URL, amqpUrl = AMQP_
 /** Grants reservations as a worker does when their messages come; resolves to what becomes of each message. */
 export function processReservations(
   messages: readonly (readonly Reservation[])[],
-  { database, logger = silent, maxAttempts = 10 }: Partial<GrantOptions> & Pick<GrantOptions, "database">,
+  { logger = silent, maxAttempts = 10, ...options }: Partial<GrantOptions> & Pick<GrantOptions, "database">,
 ): Promise<Outcome[]> {
   const received = messages.map((reservations) => decodeMessage(encodeMessage(reservations)));
-  return processMessages(received, { database, logger, maxAttempts });
+  return processMessages(received, { logger, maxAttempts, ...options });
 }
 
 /** Publishes messages as they are, `chunk` reservations in each. */

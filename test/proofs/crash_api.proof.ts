@@ -111,7 +111,7 @@ const VERBS: Record<string, Verb> = {
       { points: 30, entries: 1 },
     ],
     work: [
-      "begin lock_balances commit read_uncommitted find_begun_balances",
+      "begin lock_balances commit read_uncommitted find_taken_balances",
       "begin lock_balances find_changes insert_ledger_entries upsert_balances commit!",
     ].join(" "),
     status: 200,

@@ -75,7 +75,7 @@ function curse({ id }: Reservation, attempts: number) {
 const TOGETHER = "begin lock_reservations mark_done insert_ledger_entries";
 /** One alone whose user has a balance, and one whose user has none. */
 const ALONE = "begin lock_free mark_done insert_ledger_entries";
-const ALONE_NEW = `begin lock_free commit read_uncommitted find_begun_balances ${TOGETHER}`;
+const ALONE_NEW = `begin lock_free commit read_uncommitted find_taken_balances ${TOGETHER}`;
 const LOOK = "rollback begin lock_free find_grant_entry";
 
 /** One message that a worker gets. */

@@ -31,7 +31,7 @@ interface Outage {
   what: string;
   begin(scene: Scene): Promise<void>;
   end(scene: Scene): Promise<void>;
-  /** What the log says. */
+  /** What the log says: of work, or of a process without work that is not ready. */
   why: RegExp;
   isPossible?: boolean;
 }
@@ -67,25 +67,25 @@ describe.skipIf(!canRestart)("in an outage of MySQL", async () => {
       what: "the account is locked",
       begin: ({ account }) => alter(account, "account lock"),
       end: ({ account }) => alter(account, "account unlock"),
-      why: /\b(3118|4151)\b/,
+      why: /MySQL has locked the account|\b(3118|4151)\b/,
     },
     {
       what: "the password has expired",
       begin: ({ account }) => alter(account, "password expire"),
       end: ({ account }) => alter(account, "identified by 'plain'"),
-      why: /\b(1820|1862)\b/,
+      why: /the password for MySQL has expired|\b(1820|1862)\b/,
     },
     {
       what: "the account has reached a limit",
       begin: ({ account }) => alter(account, "with max_queries_per_hour 1"),
       end: ({ account }) => alter(account, "with max_queries_per_hour 0"),
-      why: /\b1226\b/,
+      why: /the account has reached a limit of MySQL|\b1226\b/,
     },
     {
       what: "the server is offline",
       begin: () => admin.setGlobal("offline_mode", 1),
       end: admin.restore,
-      why: /\b3032\b/,
+      why: /MySQL is offline|\b3032\b/,
       isPossible: !admin.isMariaDb,
     },
     {
@@ -102,7 +102,7 @@ describe.skipIf(!canRestart)("in an outage of MySQL", async () => {
       async end({ front }) {
         front.refuse();
       },
-      why: /error 9001: Max connect timeout/,
+      why: /the proxy has no MySQL|error 9001: Max connect timeout/,
     },
     {
       what: "the proxy has no MySQL: a number that nobody knows",
@@ -112,7 +112,7 @@ describe.skipIf(!canRestart)("in an outage of MySQL", async () => {
       async end({ front }) {
         front.refuse();
       },
-      why: /error 31234: Nobody knows/,
+      why: /MySQL failed with error 31234/,
     },
   ];
 

@@ -161,8 +161,8 @@ const PLANS: Record<string, Plan | "reads nothing"> = {
   },
   lock_balances: BY_USER,
   read_uncommitted: "reads nothing",
-  find_begun_balances: { ...BY_USER, maxRows: 1 },
-  find_begun_keys: {
+  find_taken_balances: { ...BY_USER, maxRows: 1 },
+  find_taken_keys: {
     keys: { point_reservations: "point_reservations_idempotency_key" },
     maxRows: 1,
   },

@@ -214,6 +214,14 @@ describe("scanAndPublish() says where the next scan starts:", () => {
     expect((await scan(queue, { SCAN_BATCH: 2 })).from).toEqual({ scanAt: last.executeAt, id: last.id });
   });
 
+  test("the same if it has claimed as many as were due: others may have been committed since", async () => {
+    const { queue } = openTakingQueue();
+    const [, , last] = (await insertDue(3)) as [Reservation, Reservation, Reservation];
+    const { from } = await scan(queue);
+    expect(from).toEqual({ scanAt: last.executeAt, id: last.id });
+    expect(isBefore(at(-30_000), (await scan(queue, { from })).from)).toBe(true);
+  });
+
   test("else a moment ago, also if another scheduler holds what is due", async () => {
     const { queue } = openTakingQueue();
     await insertDue(2);
