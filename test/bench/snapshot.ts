@@ -14,8 +14,9 @@ import { untilDrained } from "./grant.ts";
 
 /** How often each step is measured. */
 const REPEATS = 30;
-/** What one statement of the fill changes. */
+/** What one statement of the fill changes, and how long it may take, in milliseconds: the indexes may not fit into memory. */
 const ROWS = 10_000;
+const FILL_MS = 600_000;
 /** How long the wait for the schedulers may last, in milliseconds. */
 const PATIENCE_MS = 120_000;
 const LEASE_MS = 15_000;
@@ -43,29 +44,32 @@ async function medianOf(work: () => Promise<unknown>): Promise<number> {
  */
 async function grantInBulk(test: TestDatabase, count: number): Promise<void> {
   await fill(test, { count, users: Math.ceil(count / 5), prefix: "finished", at: { inMs: -120_000 } });
+  const fillIn = { workMs: FILL_MS };
   for (let after = ""; ; ) {
-    const page = await test.query<{ id: string }>(
-      "select id from point_reservations where id > ? order by id limit ?",
-      [after, ROWS],
-    );
-    const last = page.at(-1)?.id;
+    const last = await test.database.transaction(async ({ select, execute }) => {
+      const page = await select<{ id: string }>(
+        "select id from point_reservations where id > ? order by id limit ?",
+        [after, ROWS],
+      );
+      const ofPage = [after, page.at(-1)?.id ?? after];
+      await execute(
+        `update point_reservations set status = 'PROCESSING', scan_at = now(3) - interval 90 second
+         where id > ? and id <= ?`,
+        ofPage,
+      );
+      await execute(
+        `insert into point_transactions (id, idempotency_key, user_id, point_amount, kind, reservation_id)
+         select concat('0', substring(id, 2)), idempotency_key, user_id, point_amount, 'grant', id
+         from point_reservations where id > ? and id <= ?`,
+        ofPage,
+      );
+      await execute(
+        "update point_reservations set status = 'DONE', scan_at = null where id > ? and id <= ?",
+        ofPage,
+      );
+      return page.at(-1)?.id;
+    }, fillIn);
     if (!last) return;
-    const ofPage = [after, last];
-    await test.query(
-      `update point_reservations set status = 'PROCESSING', scan_at = now(3) - interval 90 second
-       where id > ? and id <= ?`,
-      ofPage,
-    );
-    await test.query(
-      `insert into point_transactions (id, idempotency_key, user_id, point_amount, kind, reservation_id)
-       select concat('0', substring(id, 2)), idempotency_key, user_id, point_amount, 'grant', id
-       from point_reservations where id > ? and id <= ?`,
-      ofPage,
-    );
-    await test.query(
-      "update point_reservations set status = 'DONE', scan_at = null where id > ? and id <= ?",
-      ofPage,
-    );
     after = last;
   }
 }

@@ -30,7 +30,9 @@ everything is mended, and what the client was told is compared with the tables.
 
 The servers are a private pair, or those of DATABASE_URL and AMQP_URL if
 START_SERVICES is a command that starts those of them that do not run. Settings
-of the processes, e.g. LEASE_MS=15000, are passed on to them. Linux only.`;
+of the processes, e.g. LEASE_MS=15000, are passed on to them. Linux only.
+MySQL's clock is set by libfaketime, which this command installs as root on
+Debian or Ubuntu; without it, those faults are left out.`;
 
 const ROOT = join(import.meta.dir, "../..");
 /** How long the client waits for its last answers once everything is mended, in milliseconds. */

@@ -21,7 +21,10 @@ export interface Recovery {
   /** The longest time that a reservation waited for its grant while nothing was broken. */
   slowestMs: number;
   slowestId?: string;
-  /** For each fault: how long after its end the last reservation came that was granted before the next fault. */
+  /**
+   * For each fault: how long after its end the last reservation came that was granted before the next fault; and how long after
+   * it was due, or asked for, what came of those whom the fault should not have concerned.
+   */
   byFault: (Struck & { recoveredMs: number; id?: string })[];
 }
 
@@ -38,13 +41,10 @@ export function recoveryOf(
     byFault: struck.map((fault) => ({ ...fault, recoveredMs: 0 })),
   };
 
-  /** Notes how long something took after the fault, or from when it was due if the fault should not have concerned it. */
-  function note(id: string, { userId, dueMs, doneMs }: { userId: string; dueMs: number; doneMs: number }) {
-    const last = recovery.byFault.findLast(({ startMs }) => startMs <= doneMs);
-    if (!last) return;
-    const isSpared = last.held && ![id, userId].some((name) => last.held?.includes(name));
-    const recoveredMs = doneMs - Math.max(dueMs, isSpared ? last.startMs : last.endMs);
-    if (recoveredMs > last.recoveredMs) Object.assign(last, { recoveredMs, id });
+  const lastBefore = (ms: number) => recovery.byFault.findLast(({ startMs }) => startMs <= ms);
+  const isSpared = ({ held }: Struck, names: string[]) => held && !names.some((name) => held.includes(name));
+  function note(fault: Recovery["byFault"][number], id: string, recoveredMs: number) {
+    if (recoveredMs > fault.recoveredMs) Object.assign(fault, { recoveredMs, id });
   }
 
   for (const { id, userId, executeAt, createdAt, changedAt } of rows) {
@@ -55,12 +55,14 @@ export function recoveryOf(
     const doneMs = rightMs(granted);
     const waitedMs = doneMs - dueMs - brokenMsWithin(broken, { startMs: dueMs, endMs: doneMs });
     if (waitedMs > recovery.slowestMs) Object.assign(recovery, { slowestMs: waitedMs, slowestId: id });
-    note(id, { userId, dueMs, doneMs });
+    const last = lastBefore(doneMs);
+    if (last)
+      note(last, id, doneMs - Math.max(dueMs, isSpared(last, [id, userId]) ? last.startMs : last.endMs));
   }
   for (const { label, userId, calledMs, answeredMs = 0 } of changes) {
-    const last = struck.findLast(({ startMs }) => startMs <= answeredMs);
-    // How soon a client tries again after other faults is its own affair.
-    if (last?.held) note(label, { userId, dueMs: calledMs, doneMs: answeredMs });
+    // How soon a client tries again after a fault that does concern it is its own affair.
+    const last = lastBefore(calledMs);
+    if (last && isSpared(last, [userId])) note(last, label, answeredMs - calledMs);
   }
   return recovery;
 }

@@ -426,7 +426,7 @@ describe("openDatabase() refuses a server by its settings:", () => {
     else expect(await errorOf(refuse(true))).toEqual(error);
   });
 
-  test.each([1, "ON"])("read_only = %p is an outage to wait for", async (read_only) => {
+  test.each([1, "ON"])("read_only = %p is an outage to wait for (fault 50)", async (read_only) => {
     const error = await errorOf((async () => refuseSettings({ ...SOUND, read_only }, {}))());
     expect([error.kind, error.reason]).toEqual(["unavailable", "MySQL is read-only"]);
   });

@@ -49,8 +49,11 @@ function openGiven(command: string): Restartable {
   async function startNow(url: string, added: Record<string, string>) {
     if (listenerOf(url) !== undefined) return;
     const env = { ...process.env, ...added };
-    const { code, output } = await runCommand(["bash", "-c", command], { env, timeoutMs: 120_000 });
-    if (code !== 0) throw new Error(`START_SERVICES ended with ${code}: ${output}`);
+    const run = () => runCommand(["bash", "-c", command], { env, timeoutMs: 120_000 });
+    let result = await run();
+    // It may have asked a server that was not quite ready.
+    if (result.code !== 0) result = await run();
+    if (result.code !== 0) throw new Error(`START_SERVICES ended with ${result.code}: ${result.output}`);
   }
   function serverOf(name: KillableServer["name"], url: string, other: string): KillableServer {
     const env: Record<string, string> = {};
