@@ -4,6 +4,9 @@ import { AMQP_URL, DATABASE_URL, until } from "./harness.ts";
 import { environmentOf, listenerOf } from "./listener.ts";
 import { temporaryFolder } from "./temporary_folder.ts";
 
+/** How often START_SERVICES is tried: a server that recovers from a crash listens before it serves. */
+const START_TRIES = 20;
+
 /** Whether there are servers that a test may kill. */
 export const canRestart = Boolean(Bun.env.START_SERVICES || findServerBinaries());
 
@@ -52,7 +55,10 @@ function openGiven(command: string): Restartable {
     const run = () => runCommand(["bash", "-c", command], { env, timeoutMs: 120_000 });
     let result = await run();
     // It may have asked a server that was not quite ready.
-    if (result.code !== 0) result = await run();
+    for (let tries = 1; result.code !== 0 && tries < START_TRIES; tries++) {
+      await Bun.sleep(1_000);
+      result = await run();
+    }
     if (result.code !== 0) throw new Error(`START_SERVICES ended with ${result.code}: ${result.output}`);
   }
   function serverOf(name: KillableServer["name"], url: string, other: string): KillableServer {
