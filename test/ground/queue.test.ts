@@ -293,21 +293,6 @@ test.concurrent("stop() takes no more messages and waits for what is in hand", a
   });
 });
 
-test.concurrent("close() right after stop() loses no acknowledgement", async () => {
-  const opened = open();
-  const { queue, name } = opened;
-  const gate = Promise.withResolvers<Outcome>();
-  const received = await consume(opened, { prefetch: 2_000, outcome: () => gate.promise });
-  await queue.publish(messages(...Array.from({ length: 2_000 }, String)));
-  await until("all are in hand", () => received.length === 2_000);
-  gate.resolve("ack");
-  await queue.stop(10_000);
-  await queue.close();
-  await asOperator(async (channel) => {
-    expect((await channel.checkQueue(name)).messageCount).toBe(0);
-  });
-});
-
 test.concurrent("stop() gives up in time, and what was in hand goes back to the queue", async () => {
   const opened = open();
   const { queue, name } = opened;
