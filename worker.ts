@@ -14,6 +14,7 @@ import { addPointsIdempotent, findGrantEntry, findTakenBalances } from "./lib/po
 import type { PointTransaction } from "./lib/points/point.ts";
 import type { Outcome } from "./lib/queue.ts";
 import {
+  LONGEST_RETRY_MS,
   type LockedReservation,
   lockFree,
   lockReservations,
@@ -34,7 +35,7 @@ const WORKER_TRANSACTIONS = 2;
 /** The maximum prefetch: if this worker hangs, these messages wait until their lease ends. */
 const MAX_PREFETCH = 10_000;
 /** Waits between the attempts of a reservation, in milliseconds: 1 to 2 s, 2 to 4 s … up to 1 h. Outages are not attempts. */
-const RETRY = { baseMs: 2_000, maxMs: 3_600_000 };
+const RETRY = { baseMs: 2_000, maxMs: LONGEST_RETRY_MS };
 /** The longest time to finish delivered messages after a signal, in milliseconds; the rest goes back to the queue. */
 const STOP_MS = 4_000;
 /** The maximum number of waiting reservations in one batch: they leave room for new messages. */

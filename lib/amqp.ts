@@ -23,6 +23,11 @@ export function codeOf(error: unknown): number | undefined {
   return (error as { code?: number } | undefined)?.code;
 }
 
+/** What an error says. */
+export function reasonOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}
+
 /** The error for an answer that does not come in time. */
 export function noAnswer(ms: number): QueueError {
   return new QueueError(`RabbitMQ did not answer within ${ms} ms`);

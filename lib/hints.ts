@@ -1,7 +1,15 @@
 import type { Channel, ChannelModel } from "amqplib";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
-import { ACCESS_REFUSED, closeChannel, codeOf, openChannel, QueueError, withChannel } from "./amqp.ts";
+import {
+  ACCESS_REFUSED,
+  closeChannel,
+  codeOf,
+  openChannel,
+  QueueError,
+  reasonOf,
+  withChannel,
+} from "./amqp.ts";
 import { runLoop, sleep } from "./loop.ts";
 
 /** Hints over one connection. */
@@ -127,7 +135,7 @@ export function openHints({ connection, exchange, onHint, onState, signal }: Hin
 
   function report(error: unknown) {
     tried.resolve();
-    if (!signal.aborted) onState(error instanceof Error ? error.message : String(error));
+    if (!signal.aborted) onState(reasonOf(error));
   }
   runLoop(setUpAndWatch, { ...RETRY, signal, onFailure: report });
 

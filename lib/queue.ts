@@ -1,7 +1,15 @@
 import type { ChannelModel, ConfirmChannel, ConsumeMessage } from "amqplib";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
-import { CALL_MS, closeConnection, noAnswer, openChannel, openConnection, QueueError } from "./amqp.ts";
+import {
+  CALL_MS,
+  closeConnection,
+  noAnswer,
+  openChannel,
+  openConnection,
+  QueueError,
+  reasonOf,
+} from "./amqp.ts";
 import { type Hints, logHints, openHints } from "./hints.ts";
 import { aborted, backoffMs, runLoop, sleep, withDeadline } from "./loop.ts";
 import { deadLettersOf, declareDeadLetters, declareQueues, openLook } from "./queue_declaration.ts";
@@ -321,10 +329,6 @@ async function openSession(
 
 function failWith(reason: string): never {
   throw new QueueError(reason);
-}
-
-function reasonOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
 }
 
 /** Resolves to true if the broker has put the message into the queue; never rejects. */

@@ -45,6 +45,15 @@ export const pointRoot = mysqlTable("point_root", {
   updatedAt: time("updated_at").notNull(),
 });
 
+/**
+ * SQL: when a reservation could first be granted: at its time, but not before it was made or last changed. Lateness counts from it.
+ *
+ * @param table e.g. `r.`
+ */
+export function grantableAt(table = ""): string {
+  return `greatest(${table}execute_at, ${table}created_at, coalesce(${table}changed_at, ${table}created_at))`;
+}
+
 /** Reservations, and when the scheduler must process each one next (`scan_at`). */
 export const pointReservations = mysqlTable("point_reservations", {
   id: char("id", { length: 36 }).primaryKey(),

@@ -1,4 +1,5 @@
 import type { Database, Transaction } from "../database.ts";
+import { grantableAt } from "../schema.ts";
 import {
   type DailySum,
   type GrantedReservation,
@@ -57,7 +58,7 @@ async function findGranted(
   const rows = await transaction.select<GrantedReservation>(
     `/* find_granted_reservations */ select id, user_id userId, point_amount pointAmount, status,
        idempotency_key idempotencyKey, campaign,
-       greatest(execute_at, created_at, coalesce(changed_at, created_at)) grantableAt
+       ${grantableAt()} grantableAt
      from point_reservations where id in (?)`,
     [ids],
   );

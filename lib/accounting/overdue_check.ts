@@ -1,11 +1,11 @@
 import type { Connection, Database } from "../database.ts";
+import { LONGEST_RETRY_MS } from "../reservations/claim_repository.ts";
+import { grantableAt } from "../schema.ts";
 import { type CheckedPage, PAGE, runPage } from "./check.ts";
 import type { OverdueReservation } from "./difference.ts";
 
 /** After this time an open reservation is overdue, in milliseconds: longer than a burst of a million takes. */
 export const OVERDUE_MS = 300_000;
-/** The longest backoff after a failed attempt, in milliseconds: `RETRY` of worker.ts. */
-const RETRY_MS = 3_600_000;
 
 /** SQL: the columns of an overdue reservation `r`. */
 const COLUMNS = "r.id reservation_id, r.user_id, r.status, r.execute_at, r.attempts, r.last_error";
@@ -26,9 +26,9 @@ export function checkOverdue(
       `/* check_overdue */ select ${COLUMNS}, r.scan_at scanAt
        from point_reservations r force index (point_reservations_scan_at)
        where r.scan_at >= ? and (r.scan_at > ? or r.id > ?) and r.scan_at <= now(3) + interval ? microsecond
-         and greatest(r.execute_at, r.created_at, coalesce(r.changed_at, r.created_at)) <= now(3) - interval ? microsecond
+         and ${grantableAt("r.")} <= now(3) - interval ? microsecond
        order by r.scan_at, r.id limit ?`,
-      [after.scanAt, after.scanAt, after.id, (leaseMs + RETRY_MS) * 1_000, OVERDUE_MS * 1_000, PAGE],
+      [after.scanAt, after.scanAt, after.id, (leaseMs + LONGEST_RETRY_MS) * 1_000, OVERDUE_MS * 1_000, PAGE],
     );
     const last = rows.at(-1);
     return {
@@ -52,23 +52,23 @@ export async function findOpenFrom(database: Database): Promise<Date | null> {
 // No index finds a due reservation that a clock ahead of time has set aside: its `scan_at` lies among those of the future. But
 // the check of reservations reads all rows anyway.
 
-/** SQL: a due reservation `r` is scanned later than any lease or backoff allows. With `putAsideValues()`. */
-export const PUT_ASIDE =
+/** SQL: a due reservation `r` is scanned later than any lease or backoff allows. With `setAsideValues()`. */
+export const SET_ASIDE =
   "(r.scan_at > now(3) + interval ? microsecond and r.execute_at <= now(3) - interval ? microsecond)";
 
-export function putAsideValues(leaseMs: number): number[] {
-  return [(leaseMs + RETRY_MS) * 1_000, OVERDUE_MS * 1_000];
+export function setAsideValues(leaseMs: number): number[] {
+  return [(leaseMs + LONGEST_RETRY_MS) * 1_000, OVERDUE_MS * 1_000];
 }
 
 /** The reservations `r` that were set aside. */
-export async function findPutAside(
+export async function findSetAside(
   { select }: Connection,
   { where, values, leaseMs }: { where: string; values: unknown[]; leaseMs: number },
 ): Promise<OverdueReservation[]> {
   const rows = await select<Omit<OverdueReservation, "kind">>(
-    `/* find_put_aside */ select ${COLUMNS} from point_reservations r force index (primary)
-     where ${where} and ${PUT_ASIDE}`,
-    [...values, ...putAsideValues(leaseMs)],
+    `/* find_set_aside_due */ select ${COLUMNS} from point_reservations r force index (primary)
+     where ${where} and ${SET_ASIDE}`,
+    [...values, ...setAsideValues(leaseMs)],
   );
   return rows.map((row) => ({ kind: "overdue", ...row }));
 }

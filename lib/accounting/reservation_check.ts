@@ -2,7 +2,7 @@ import type { Connection, Database } from "../database.ts";
 import { AFTER_ALL, type CheckedPage, PAGE, runPage, WALK_PAGE } from "./check.ts";
 import type { Difference } from "./difference.ts";
 import { findOrphanEntries, findReservationMismatches, GRANTS } from "./mismatch_queries.ts";
-import { findPutAside, PUT_ASIDE, putAsideValues } from "./overdue_check.ts";
+import { findSetAside, SET_ASIDE, setAsideValues } from "./overdue_check.ts";
 import { ID_PREFIX, RESERVATION_HASH } from "./sum_repository.ts";
 
 interface CheckOptions {
@@ -28,7 +28,7 @@ export function checkReservations(database: Database, options: CheckOptions): Pr
       const range = { where: "r.id > ? and r.id <= ?", values: [after, page.last] };
       const differences: Difference[] = [
         ...(await findReservationMismatches(connection, range)),
-        ...(await findPutAside(connection, { ...range, leaseMs })),
+        ...(await findSetAside(connection, { ...range, leaseMs })),
       ];
       return { next: isLast ? undefined : page.last, count: page.walked, differences };
     }
@@ -53,13 +53,13 @@ async function compareFingerprints(
            or (done.entries > 0 and done.fingerprint <> counted.fingerprint) isChanged
        from (
          select left(r.id, ${ID_PREFIX}) prefix, count(*) walked, sum(r.status = 'DONE') entries,
-           bit_xor(if(r.status = 'DONE', ${RESERVATION_HASH}, null)) fingerprint, sum(coalesce(${PUT_ASIDE}, 0)) aside
+           bit_xor(if(r.status = 'DONE', ${RESERVATION_HASH}, null)) fingerprint, sum(coalesce(${SET_ASIDE}, 0)) aside
          from point_reservations r force index (primary) where r.id > ? and r.id <= ? group by prefix
        ) done
        left join point_reservation_totals counted on counted.id_prefix = done.prefix
          and counted.generation = (select generation from point_aggregation where id = 1)
      ) prefixes where isChanged or aside > 0`,
-    [...putAsideValues(leaseMs), after, upTo],
+    [...setAsideValues(leaseMs), after, upTo],
   );
   const changed = found.filter(({ isChanged }) => isChanged);
   const count = changed.reduce((sum, { walked }) => sum + walked, 0);
@@ -75,7 +75,7 @@ async function compareFingerprints(
     differences.push(...(await findOrphanEntries(connection, { from: GRANTS, ...some })));
   }
   if (found.some(({ aside }) => Number(aside) > 0)) {
-    differences.push(...(await findPutAside(connection, { ...range, leaseMs })));
+    differences.push(...(await findSetAside(connection, { ...range, leaseMs })));
   }
   return { count, differences };
 }

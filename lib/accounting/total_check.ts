@@ -1,6 +1,6 @@
 import type { Database } from "../database.ts";
 import { LATEST_MS } from "../field.ts";
-import type { EntryKind } from "../schema.ts";
+import { type EntryKind, grantableAt } from "../schema.ts";
 import { EARLIEST, runPage } from "./check.ts";
 import { boundsOf, dayOf } from "./day.ts";
 import type { ShownTotal, TotalMismatch } from "./difference.ts";
@@ -137,7 +137,7 @@ async function compareDay(
        from (
          select t.user_id, t.point_amount, t.kind, coalesce(r.campaign, '') campaign,
            greatest(0, coalesce(timestampdiff(microsecond,
-             greatest(r.execute_at, r.created_at, coalesce(r.changed_at, r.created_at)), t.created_at) div 1000, 0)) late_ms
+             ${grantableAt("r.")}, t.created_at) div 1000, 0)) late_ms
          from point_aggregation a
          join point_transactions t force index (point_transactions_aggregated) on t.aggregated_in = a.generation
          left join point_reservations r on r.id = t.reservation_id

@@ -1,13 +1,13 @@
 import { and, eq, type SQL, sql } from "drizzle-orm";
 import type { Transaction } from "../database.ts";
-import { type ReservationStatus, pointReservations as reservations } from "../schema.ts";
+import { grantableAt, type ReservationStatus, pointReservations as reservations } from "../schema.ts";
 import type { Reservation } from "./reservation.ts";
 
 // The statements of the hot path are raw SQL: Drizzle takes 5 ms to build one with 1,000 ids, mysql2 a tenth of that.
 
 const LOCKED_COLUMNS = `r.id, r.user_id userId, r.point_amount pointAmount, r.idempotency_key idempotencyKey, r.status, r.attempts,
     r.execute_at <= now(3) isDue,
-    greatest(0, timestampdiff(microsecond, greatest(r.execute_at, r.created_at, coalesce(r.changed_at, r.created_at)),
+    greatest(0, timestampdiff(microsecond, ${grantableAt("r.")},
       now(3)) div 1000) lateMs`;
 const LOCK_RESERVATIONS = `/* lock_reservations */ select ${LOCKED_COLUMNS}
   from point_reservations r where r.id in (?) order by r.id for update`;
@@ -91,6 +91,9 @@ export async function markFailed(
     .set({ status: "FAILED", scanAt: null, ...failureOf(reason) })
     .where(isProcessing(id));
 }
+
+/** The longest `retryInMs` of `scheduleRetry()`. */
+export const LONGEST_RETRY_MS = 3_600_000;
 
 /**
  * PROCESSING → PENDING, to be claimed again after `retryInMs`: the row is the retry queue. Only from PROCESSING: otherwise

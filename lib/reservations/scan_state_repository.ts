@@ -1,9 +1,9 @@
 import type { Database } from "../database.ts";
+import { LONGEST_RETRY_MS } from "./claim_repository.ts";
 import { BEGINNING, isBefore, type ScanPosition } from "./scan_repository.ts";
 
-/** The longest time that a claim may hold, and that a try after a failure may be ahead: `LEASE_MS`, `RETRY` of worker.ts. */
+/** The longest time that a claim may hold: the maximum of `LEASE_MS`. */
 const LONGEST_LEASE_MS = 86_400_000;
-const LONGEST_RETRY_MS = 3_600_000;
 /** How many reservations one statement reads and changes. */
 const PAGE = 1_000;
 
