@@ -6,48 +6,19 @@ import {
   scheduleRetry,
 } from "../../lib/reservations/claim_repository.ts";
 import type { Reservation } from "../../lib/reservations/reservation.ts";
-import { findReservation, type ReservationDetails } from "../../lib/reservations/reservation_queries.ts";
+import { findReservation } from "../../lib/reservations/reservation_queries.ts";
 import { claimDue } from "../../lib/reservations/scan_repository.ts";
 import { emptyTables, openTestDatabase } from "../harness/database.ts";
-import { insertReservation, insertReservations, type RowFields, reservationOf } from "../harness/fixtures.ts";
+import { insertReservation, reservationOf } from "../harness/fixtures.ts";
 import { openFrozen } from "../harness/frozen.ts";
+import { aroundMidday, idsOf, midday } from "./midday.ts";
 
 const db = await openTestDatabase();
 beforeEach(() => emptyTables(db));
-
-/** So many milliseconds from midday. */
-function midday(offsetMs = 0): Date {
-  return new Date(Date.parse("2029-02-22T12:00:00.500Z") + offsetMs);
-}
+const { detailsOf, insertDueAt, insertMany } = aroundMidday(db);
 
 const LEASE = { limit: 1_000, leaseMs: 60_000 };
 const WAITING = ["PENDING", "DONE", "FAILED", "CANCELLED"] as const;
-
-function insertDueAt(offsetMs: number, fields: RowFields = {}) {
-  return insertReservation(db, { executeAt: midday(offsetMs), ...fields });
-}
-
-function idsOf(reservations: readonly Pick<Reservation, "id">[]): string[] {
-  return reservations.map(({ id }) => id);
-}
-
-/** Some of a reservation's details. Not for `toMatchObject()`, which takes any two Dates for equal. */
-async function detailsOf<Name extends keyof ReservationDetails>(id: string, ...names: Name[]) {
-  const details = await findReservation(db.database, id);
-  if (!details) throw new Error(`No reservation ${id}`);
-  return Object.fromEntries(names.map((name) => [name, details[name]]));
-}
-
-/** Inserts so many, due one millisecond after the other; gives their ids in that order. */
-async function insertMany(count: number): Promise<string[]> {
-  const firstMs = Date.now() - 60_000;
-  const ordered = Array.from({ length: count }, (_, index) =>
-    reservationOf({ executeAt: new Date(firstMs + index) }),
-  );
-  const shuffled = ordered.toSorted((a, b) => (Bun.hash(a.id) < Bun.hash(b.id) ? -1 : 1));
-  await insertReservations(db, { reservations: shuffled });
-  return idsOf(ordered);
-}
 
 describe("lockReservations()", () => {
   test.each<[string, number, number, number | null]>([

@@ -1,8 +1,6 @@
 import { beforeEach, describe, expect, test } from "bun:test";
 import type { Database } from "../../lib/database.ts";
 import { lockReservations } from "../../lib/reservations/claim_repository.ts";
-import type { Reservation } from "../../lib/reservations/reservation.ts";
-import { findReservation, type ReservationDetails } from "../../lib/reservations/reservation_queries.ts";
 import {
   BEGINNING,
   claimDue,
@@ -12,48 +10,19 @@ import {
 } from "../../lib/reservations/scan_repository.ts";
 import { RESERVATION_STATUSES } from "../../lib/schema.ts";
 import { emptyTables, openTestDatabase } from "../harness/database.ts";
-import { insertReservation, insertReservations, type RowFields, reservationOf } from "../harness/fixtures.ts";
+import { insertReservation, type RowFields } from "../harness/fixtures.ts";
 import { openFrozen } from "../harness/frozen.ts";
 import { until } from "../harness/harness.ts";
 import { inOrder } from "../harness/orders.ts";
 import { countPages, leaveEntries, openSnapshot } from "../harness/snapshot.ts";
+import { aroundMidday, idsOf, midday } from "./midday.ts";
 
 const db = await openTestDatabase();
 beforeEach(() => emptyTables(db));
-
-/** So many milliseconds from midday. */
-function midday(offsetMs = 0): Date {
-  return new Date(Date.parse("2029-02-22T12:00:00.500Z") + offsetMs);
-}
+const { detailsOf, insertDueAt, insertMany } = aroundMidday(db);
 
 const LEASE = { limit: 1_000, leaseMs: 60_000 };
 const SOON = { withinMs: 10_000, limit: 1_000 };
-
-function insertDueAt(offsetMs: number, fields: RowFields = {}) {
-  return insertReservation(db, { executeAt: midday(offsetMs), ...fields });
-}
-
-function idsOf(reservations: readonly Pick<Reservation, "id">[]): string[] {
-  return reservations.map(({ id }) => id);
-}
-
-/** Some of a reservation's details. Not for `toMatchObject()`, which takes any two Dates for equal. */
-async function detailsOf<Name extends keyof ReservationDetails>(id: string, ...names: Name[]) {
-  const details = await findReservation(db.database, id);
-  if (!details) throw new Error(`No reservation ${id}`);
-  return Object.fromEntries(names.map((name) => [name, details[name]]));
-}
-
-/** Inserts so many, due one millisecond after the other; gives their ids in that order. */
-async function insertMany(count: number): Promise<string[]> {
-  const firstMs = Date.now() - 60_000;
-  const ordered = Array.from({ length: count }, (_, index) =>
-    reservationOf({ executeAt: new Date(firstMs + index) }),
-  );
-  const shuffled = ordered.toSorted((a, b) => (Bun.hash(a.id) < Bun.hash(b.id) ? -1 : 1));
-  await insertReservations(db, { reservations: shuffled });
-  return idsOf(ordered);
-}
 
 describe("claimDue()", () => {
   test("gives what is due as PROCESSING, with its lateness, and not what is due a millisecond later (fault 6)", async () => {
