@@ -129,8 +129,10 @@ test("claimDue() of as many as are due does not look at the leases that lie ahea
   await leaveEntries(db, new Date(Date.now() + 60_000));
   async function pagesOf(limit: number) {
     await insertReservation(db);
+    // As the scheduler does: before it there may be entries of earlier tests, which the snapshot keeps as well.
+    const { first: from = BEGINNING } = await findNextScan(db.database, SOON);
     return countPages(db, async () => {
-      expect(await claimDue(db.database, { ...LEASE, limit })).toHaveLength(1);
+      expect(await claimDue(db.database, { ...LEASE, from, limit })).toHaveLength(1);
     });
   }
   expect(await pagesOf(2)).toBeGreaterThan(80);
