@@ -38,7 +38,10 @@ export interface Queue {
    * others may have arrived or not. Never rejects.
    */
   publish(contents: readonly Buffer[]): Promise<number>;
-  /** Sends a hint to all listeners (`onHint`). It may be lost, and is lost while RabbitMQ is unavailable. */
+  /**
+   * Sends a hint to all listeners (`onHint`), from a queue with `onHint` or `onlyHints`. It may be lost, and is lost while
+   * RabbitMQ is unavailable.
+   */
   hint(content: Buffer): void;
   /**
    * The number of messages that wait in the queue.

@@ -1,6 +1,6 @@
 import { expect } from "bun:test";
 import { compareSums, type Sums } from "../../lib/dev/compare_sums.ts";
-import { type Outcome, openQueue, type Queue } from "../../lib/queue.ts";
+import { type Outcome, openQueue, type Queue, type QueueOptions } from "../../lib/queue.ts";
 import { decodeMessage, encodeMessage } from "../../lib/reservations/message.ts";
 import type { Reservation } from "../../lib/reservations/reservation.ts";
 import type { ReservationStatus } from "../../lib/schema.ts";
@@ -31,8 +31,13 @@ export async function openPipeline({ databaseUrl = DATABASE_URL, amqpUrl = AMQP_
       return service;
     },
     /** The test's own connection to the queue. */
-    async openQueue() {
-      const queue = openQueue(amqpUrl, { name: queueName, onConnected() {}, onDisconnected() {} });
+    async openQueue(options: Pick<QueueOptions, "onlyHints"> = {}) {
+      const queue = openQueue(amqpUrl, {
+        name: queueName,
+        onConnected() {},
+        onDisconnected() {},
+        ...options,
+      });
       queues.push(queue);
       await until("the test's queue is ready", () => queue.isReady());
       return queue;
