@@ -33,6 +33,11 @@ const MIN_SLEEP_MS = 20;
 const HINT_MS = 5;
 /** The longest time for the work in progress after a signal, in milliseconds. */
 const STOP_MS = 5_000;
+/**
+ * The wait before the first accounting of a process, in milliseconds: after a start, what has become due meanwhile comes first. In
+ * a drain of 60,000 reservations, an accounting at the start cost a quarter of the grants per second.
+ */
+const ACCOUNTING_START_MS = 60_000;
 /** Waits after failures of the accounting, in milliseconds: if only an operator can fix the cause, frequent retries are useless. */
 const ACCOUNTING_RETRY = { baseMs: 10_000, maxMs: 300_000 };
 /** One for a page of rows, one to renew the turn meanwhile. The scans have a separate pool. */
@@ -191,12 +196,14 @@ if (import.meta.main) {
       const turns = openTurns(accounts, { intervalMs: config.AGGREGATE_INTERVAL_MS });
       const keeping =
         config.AGGREGATE_INTERVAL_MS > 0 &&
-        runLoop(() => keepAccounts({ database: accounts, turns, logger, config, signal }), {
-          ...ACCOUNTING_RETRY,
-          signal,
-          onFailure: (error, retryInMs) =>
-            logger.error({ error: describeError(error), retryInMs }, "accounting failed"),
-        });
+        sleep(Math.min(config.AGGREGATE_INTERVAL_MS, ACCOUNTING_START_MS), signal).then(() =>
+          runLoop(() => keepAccounts({ database: accounts, turns, logger, config, signal }), {
+            ...ACCOUNTING_RETRY,
+            signal,
+            onFailure: (error, retryInMs) =>
+              logger.error({ error: describeError(error), retryInMs }, "accounting failed"),
+          }),
+        );
 
       // If a step hangs, the lease of the rows that it has claimed ends.
       await Promise.race([
